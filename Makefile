@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 TEST_ARGS ?=
+# Processes that share the tests of `make test`, each file going to one of them.
+TEST_WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test test-peers test-long lint clean
@@ -32,7 +34,7 @@ demo: $(VENV)/base.stamp
 	$(BIN)/mesh-transformer demo $(ARGS)
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -m "not peers and not long" $(TEST_ARGS)
+	$(BIN)/python -m pytest -m "not peers and not long" --numprocesses $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
 
 test-peers: $(VENV)/peers.stamp
 	$(BIN)/python -m pytest -m "peers and not long" $(TEST_ARGS)

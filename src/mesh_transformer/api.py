@@ -14,18 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mesh_transformer.checkpoint import opening
-from mesh_transformer.checkpoint.huggingface import looks_huggingface, read_huggingface, write_huggingface
-from mesh_transformer.checkpoint.native import write_model
+from mesh_transformer.checkpoint.convert import TARGETS, Conversion, Progress, convert
+from mesh_transformer.checkpoint.models import open_weights
+from mesh_transformer.checkpoint.weights import TOKENIZER_FILE, InMemory, Weights, assemble, stored_bytes
+from mesh_transformer.compat import give_memory_back
 from mesh_transformer.config.dtypes import dtype_name
-from mesh_transformer.config.errors import CheckpointError, UserError
+from mesh_transformer.config.errors import UserError
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.data.choice import check_fits, default_tokenizer
-from mesh_transformer.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from mesh_transformer.data.tokenizer import Tokenizer, from_bytes, load_tokenizer
 from mesh_transformer.evaluate.scoring import log_likelihood
 from mesh_transformer.model.decoder import features, forward
-from mesh_transformer.model.policy import ComputePolicy, default_policy
+from mesh_transformer.model.policy import ComputePolicy, default_policy, for_inference
 from mesh_transformer.sample.generate import Generator
 from mesh_transformer.sample.options import Completion, Piece, SamplingOptions
 from mesh_transformer.shapes import Params
@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a model came from. format: "native" or "huggingface"; step: None where it is not recorded."""
+    """Where a model came from. format: "native", "huggingface", "legacy" or "legacy-v2"; step: None if not recorded."""
 
     path: Path
     format: str
@@ -49,59 +49,65 @@ def load(
     dtype: str | None = None,
     tokenizer: str | None = None,
     step: int | None = None,
+    config: str | None = None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> Model:
-    """Opens a model: a run directory, a native checkpoint or a Hugging Face GPT-J directory.
+    """Opens a model: a run directory, a native checkpoint, a Hugging Face GPT-J directory, the original's, or a Hub id.
 
     Args:
         dtype: what weights are converted to and products computed in; by default weights stay as stored and
             arithmetic is float32 on CPU, bfloat16 on accelerators.
         tokenizer: "gpt2", "bytes" or a tokenizer.json; by default the model's own, else gpt2 or bytes by the size of
             the vocabulary.
-        step: which checkpoint of a run; by default the newest intact one.
+        step: which checkpoint of several; by default the newest intact one.
+        config: the configuration of an original checkpoint that has none beside it.
+        progress: called with a stage, the bytes done and those of the whole stage.
 
     Raises:
         CheckpointError: there is no model, or it is damaged; the message names the file.
+        ConfigError: `config` cannot be used.
         DataError: the tokenizer cannot be read or has more ids than the model.
     """
-    path = Path(path)
     dtype = dtype_name(dtype) if dtype is not None else None
-    if path.exists() and not opening.looks_native(path) and looks_huggingface(path):
-        if step is not None:
-            raise CheckpointError(f"{path}: a Hugging Face directory has no steps; leave step = {step} out")
-        cfg, stored, tokenizer_file = read_huggingface(path)
-        source = Source(path, "huggingface", None)
-        params = jax.tree.map(lambda w: jnp.asarray(w, dtype), stored)
+    weights = open_weights(path, step=step, config=config, report=functools.partial(_log.warning, "%s"))
+    chosen = tokenizer_of(weights, tokenizer)
+    source = Source(weights.where, weights.format, weights.step)
+    params = _on_device(weights, dtype, progress)
+    return Model(weights.cfg, params, chosen, default_policy(dtype), source)
+
+
+def tokenizer_of(weights: Weights, given: str | None = None) -> Tokenizer | None:
+    """The tokenizer `given`, else the one stored with the model, else gpt2 or bytes by the size of the vocabulary.
+
+    Raises:
+        DataError: it cannot be read or has more ids than the model.
+    """
+    file = weights.tokenizer_file()
+    if given is not None:
+        chosen: Tokenizer | None = load_tokenizer(given)
+    elif file is not None:
+        chosen = from_bytes(file.read_bytes(), name=str(file))
     else:
-        directory, metadata = _open_native(path, step)
-        cfg = opening.stored_model(metadata, directory)
-        abstract = opening.stored_params(metadata)
-        if dtype is not None:
-            abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), abstract)
-        params = opening.restore_params(directory, abstract)
-        file = directory / TOKENIZER_FILE
-        tokenizer_file = file.read_bytes() if file.is_file() else None
-        source = Source(directory, "native", int(metadata["step"]))
-    if tokenizer is not None:
-        chosen: Tokenizer | None = load_tokenizer(tokenizer)
-    elif tokenizer_file is not None:
-        chosen = from_bytes(tokenizer_file, name=str(source.path / TOKENIZER_FILE))
-    else:
-        chosen = default_tokenizer(cfg.n_vocab)
+        chosen = default_tokenizer(weights.cfg.n_vocab)
     if chosen is not None:
-        check_fits(chosen, cfg.n_vocab)
-    return Model(cfg, params, chosen, default_policy(dtype), source)
+        check_fits(chosen, weights.cfg.n_vocab)
+    return chosen
 
 
-def _open_native(path: Path, step: int | None) -> tuple[Path, dict[str, Any]]:
-    """As `opening.open_native`; where every checkpoint is damaged the error says how the newest is."""
-    passed_over: list[str] = []
-    try:
-        found = opening.open_native(path, step, passed_over.append)
-    except CheckpointError as error:
-        raise CheckpointError("\n".join([str(error), *passed_over[:1]])) from error
-    for line in passed_over:
-        _log.warning("%s", line)
-    return found
+def _on_device(weights: Weights, dtype: str | None, progress: Progress) -> Params:
+    """The parameters, piece by piece; on CPU the arrays read into are those computed with."""
+    done, total = 0, stored_bytes(weights)
+
+    def count(n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        progress("loading", done, total)
+
+    params = assemble(weights, jnp.dtype(dtype) if dtype else None, progress=count)
+    placed = jax.tree.map(lambda a: jax.device_put(a, may_alias=True), params)
+    del params
+    give_memory_back()  # what reading ahead took
+    return placed
 
 
 class Model:
@@ -116,7 +122,7 @@ class Model:
         source: Source | None = None,
     ) -> None:
         self.config, self.params, self.tokenizer = config, params, tokenizer
-        self.policy = policy or default_policy()
+        self.policy = for_inference(policy or default_policy(), params)
         self.source = source
         self._forward = jax.jit(functools.partial(forward, cfg=config, policy=self.policy))
         self._features = jax.jit(functools.partial(features, cfg=config, policy=self.policy), static_argnames="layer")
@@ -202,24 +208,19 @@ class Model:
         return self._tokenizer_or_raise().encode(text)
 
     def save(self, path: str | os.PathLike[str], format: str = "native") -> None:
-        """Writes the model, self-contained, to a directory that must not exist: "native" or "huggingface".
+        """Writes the model, self-contained, to a directory that must not exist.
+
+        Args:
+            format: "native", "huggingface", "legacy" (the original's shards) or "legacy-v2".
 
         Raises:
             CheckpointError: the directory exists or cannot be written.
             UserError: no such format, or it cannot hold this architecture.
         """
-        files = {TOKENIZER_FILE: self.tokenizer.to_bytes()} if self.tokenizer else {}
-        if format not in ("native", "huggingface"):
-            raise UserError(f"format = {format!r} is not known; expected 'native' or 'huggingface'")
-        try:
-            if format == "native":
-                step = self.source.step if self.source and self.source.step is not None else 0
-                write_model(Path(path), self.config, self.params, step=step, files=files)
-            else:
-                end = self.tokenizer.end_of_text if self.tokenizer else None
-                write_huggingface(path, self.config, self.params, files, end)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
+        step = self.source.step if self.source else None
+        convert(
+            InMemory(self.config, self.params, step=step), Path(path), conversion(format, self.tokenizer), certify=False
+        )
 
     def _requests(
         self, prompts: Prompt | Sequence[Prompt], samples: int, options: SamplingOptions
@@ -260,3 +261,23 @@ class Model:
         padded = np.zeros((rows.shape[0], width), np.int32)
         padded[:, : rows.shape[1]] = rows
         return jnp.asarray(padded), rows.shape[1]
+
+
+def conversion(
+    to: str, tokenizer: Tokenizer | None, *, dtype: str | None = None, shards: int = 0, with_optimizer: bool = False
+) -> Conversion:
+    """What `checkpoint.convert.convert` should make, the tokenizer's files and its end-of-text among it.
+
+    Raises:
+        UserError: no such format.
+    """
+    if to not in TARGETS:
+        raise UserError(f"format = {to!r} is not known; expected one of {', '.join(TARGETS)}")
+    return Conversion(
+        to=cast(Any, to),
+        dtype=jnp.dtype(dtype) if dtype else None,
+        n_shards=shards,
+        with_optimizer=with_optimizer,
+        tokenizer={TOKENIZER_FILE: tokenizer.to_bytes()} if tokenizer else {},
+        end_of_text=tokenizer.end_of_text if tokenizer else None,
+    )

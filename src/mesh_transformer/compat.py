@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -48,6 +49,14 @@ def _keep_freed_memory() -> None:
     mallopt(m_mmap_max, 0)
     mallopt(m_trim_threshold, -1)  # as an unsigned number of bytes: never
     mallopt(m_arena_max, 1)
+
+
+def give_memory_back() -> None:
+    """Returns freed memory to the system once, where the C library can: after a phase that needed much for a moment."""
+    import ctypes
+
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def use_compile_cache() -> None:

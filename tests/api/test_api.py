@@ -282,7 +282,7 @@ def test_wrong_requests(model: mt.Model, without_tokenizer: mt.Model, tmp_path: 
         (lambda: without_tokenizer.generate("text"), r"no tokenizer \(n_vocab = 32\); .*token ids"),
         (lambda: without_tokenizer.log_likelihood("a", "b"), "no tokenizer"),
         (lambda: without_tokenizer.encode("a"), "no tokenizer"),
-        (lambda: model.save(tmp_path / "x", format="gguf"), "format = 'gguf' is not known; expected 'native' or"),
+        (lambda: model.save(tmp_path / "x", format="gguf"), "format = 'gguf' is not known; expected one of native"),
     ]
     for call, message in cases:
         with pytest.raises(mt.UserError, match=message):
@@ -308,14 +308,14 @@ def test_wrong_sources(native: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
     damaged = tmp_path / "damaged"
     shutil.copytree(native, damaged)
-    part = next(p for p in (damaged / "state").rglob("d/*") if p.is_file())
+    part = max((p for p in (damaged / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     data = bytearray(part.read_bytes())
     data[len(data) // 2] ^= 1
     part.write_bytes(data)
     cases: list[tuple[Path, dict[str, Any], type[Exception], str]] = [
         (tmp_path / "nowhere", {}, CheckpointError, "nowhere: there is no such file"),
-        (tmp_path / "empty", {}, CheckpointError, "empty: it holds no checkpoint"),
-        (tmp_path / "file", {}, CheckpointError, "file: it holds no checkpoint"),
+        (tmp_path / "empty", {}, CheckpointError, "empty: holds no model"),
+        (tmp_path / "file", {}, CheckpointError, "file: holds no model"),
         (damaged, {}, CheckpointError, f"{part.name}: damaged, its sha256 differs"),
         (native, {"step": 7}, CheckpointError, "holds step 0, not 7"),
         (native, {"dtype": "int8"}, ConfigError, "int8"),
@@ -343,3 +343,12 @@ def test_the_public_names() -> None:
         assert getattr(mt, name)
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = mt.lode
+
+
+def test_a_value_too_large_for_the_dtype_asked_for(model: mt.Model, tmp_path: Path) -> None:
+    large = jax.tree.map(lambda a: a, model.params)
+    large["head"]["b"] = large["head"]["b"].at[3].set(70_000.0)
+    mt.Model(model.config, large, model.tokenizer).save(tmp_path / "large")
+    with pytest.raises(ConfigError, match=r"head/b has a value that is too large for float16.*bfloat16"):
+        mt.load(tmp_path / "large", dtype="float16")
+    assert np.isfinite(np.asarray(mt.load(tmp_path / "large", dtype="bfloat16").params["head"]["b"], np.float32)).all()

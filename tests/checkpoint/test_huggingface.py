@@ -13,12 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from checkpoint import hf_cases
 from mesh_transformer.checkpoint.digest import digest
-from mesh_transformer.checkpoint.huggingface import (
-    looks_huggingface,
-    read_huggingface,
-    write_huggingface,
-)
+from mesh_transformer.checkpoint.huggingface import looks_huggingface
 from mesh_transformer.config.errors import CheckpointError, ConfigError
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.model.params import abstract_params
@@ -37,7 +34,7 @@ def random_params(dtype: Any = np.float32, embedding_bias: bool = False, cfg: Mo
 
 
 def write(path: Path, params: dict | None = None, cfg: ModelConfig = CFG, **options: Any) -> Path:
-    write_huggingface(path, cfg, random_params() if params is None else params, TOKENIZER, 55, **options)
+    hf_cases.write(path, cfg, random_params() if params is None else params, TOKENIZER, 55, **options)
     return path
 
 
@@ -60,7 +57,7 @@ def sharded(tmp_path: Path) -> Path:
 def test_round_trip(tmp_path: Path, dtype: Any, max_shard_bytes: int) -> None:
     dtype = jnp.dtype(dtype).type
     params = random_params(dtype)
-    cfg, back, tokenizer = read_huggingface(write(tmp_path / "model", params, max_shard_bytes=max_shard_bytes))
+    cfg, back, tokenizer = hf_cases.read(write(tmp_path / "model", params, max_shard_bytes=max_shard_bytes))
     assert cfg == CFG
     assert tokenizer == TOKENIZER["tokenizer.json"]
     assert jax.tree.structure(back) == jax.tree.structure(params)
@@ -74,7 +71,7 @@ def test_round_trip(tmp_path: Path, dtype: Any, max_shard_bytes: int) -> None:
 
 def test_an_embedding_bias_is_folded_in(tmp_path: Path) -> None:
     params = random_params(embedding_bias=True)
-    cfg, back, _ = read_huggingface(write(tmp_path / "model", params))
+    cfg, back, _ = hf_cases.read(write(tmp_path / "model", params))
     assert np.abs(params["embed"]["bias"]).min() > 0 and not back["embed"]["bias"].any()
     exact = params["embed"]["tokens"].astype(np.float64) + params["embed"]["bias"].astype(np.float64)
     np.testing.assert_array_equal(back["embed"]["tokens"], exact.astype(np.float32))
@@ -83,17 +80,31 @@ def test_an_embedding_bias_is_folded_in(tmp_path: Path) -> None:
 
 def test_a_folded_half_precision_embedding_is_rounded_once(tmp_path: Path) -> None:
     params = random_params(jnp.dtype(jnp.bfloat16).type, embedding_bias=True)
-    _, back, _ = read_huggingface(write(tmp_path / "model", params))
+    _, back, _ = hf_cases.read(write(tmp_path / "model", params))
     exact = params["embed"]["tokens"].astype(np.float64) + params["embed"]["bias"].astype(np.float64)
     np.testing.assert_array_equal(back["embed"]["tokens"], exact.astype(np.float32).astype(jnp.bfloat16))
 
 
-def test_mixed_dtypes_lose_nothing(tmp_path: Path) -> None:
+def test_mixed_dtypes_become_that_of_the_matrices(tmp_path: Path) -> None:
     params = random_params(jnp.dtype(jnp.bfloat16).type)
-    params["head"]["ln"]["scale"] = params["head"]["ln"]["scale"].astype(np.float32) + np.float32(1e-6)
-    cfg, back, _ = read_huggingface(write(tmp_path / "model", params))
-    assert digest(cfg, back) == digest(CFG, params)
-    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "float32"
+    finer = params["head"]["ln"]["scale"] = params["head"]["ln"]["scale"].astype(np.float32) + np.float32(1e-6)
+    _, back, _ = hf_cases.read(write(tmp_path / "model", params))
+    np.testing.assert_array_equal(back["head"]["ln"]["scale"], finer.astype(jnp.bfloat16))
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_layers_of_different_dtypes_lose_nothing(written: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    file = written / "model.safetensors"
+    tensors = load_file(file)
+    name = "transformer.h.{}.mlp.fc_in.bias"
+    first = tensors[name.format(0)] = tensors[name.format(0)].astype(jnp.bfloat16)
+    save_file(tensors, file)
+    found = hf_cases.read(written)[1]["layers"]["mlp"]["b_in"]
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found[0], first.astype(np.float32))
+    np.testing.assert_array_equal(found[1], tensors[name.format(1)])
 
 
 def test_jax_arrays_are_written_as_numpy_ones_are(tmp_path: Path) -> None:
@@ -134,11 +145,11 @@ def test_config_json(tmp_path: Path) -> None:
 
 def test_the_usual_config(tmp_path: Path) -> None:
     cfg = ModelConfig(n_layers=1, d_model=8, n_heads=2, n_vocab=50400, n_ctx=8)
-    write_huggingface(tmp_path / "model", cfg, random_params(cfg=cfg), {}, 50256)
+    hf_cases.write(tmp_path / "model", cfg, random_params(cfg=cfg), {}, 50256)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert (config["tokenizer_class"], config["n_inner"], config["eos_token_id"]) == ("GPT2Tokenizer", None, 50256)
-    assert read_huggingface(tmp_path / "model")[0] == cfg
-    assert read_huggingface(tmp_path / "model")[2] is None
+    assert hf_cases.read(tmp_path / "model")[0] == cfg
+    assert hf_cases.read(tmp_path / "model")[2] is None
 
 
 def test_shards_and_their_index(sharded: Path) -> None:
@@ -172,7 +183,7 @@ def test_a_target_that_exists_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "directory").mkdir()
     for name in ("file", "directory"):
-        with pytest.raises(CheckpointError, match=f"{name}: exists already"):
+        with pytest.raises(FileExistsError, match=name):
             write(tmp_path / name)
     assert names(tmp_path) == ["directory", "file"] and not names(tmp_path / "directory")
 
@@ -193,12 +204,10 @@ def test_what_hugging_face_has_not_is_refused(tmp_path: Path, change: dict[str, 
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import safetensors.numpy
-
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    monkeypatch.setattr("os.pwrite", full)
     with pytest.raises(OSError, match="No space"):
         write(tmp_path / "model")
     assert not names(tmp_path)
@@ -226,7 +235,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_configuration_that_is_not_ours(written: Path, change: dict[str, Any], message: str) -> None:
     edit_config(written, lambda config: config.update(change))
     with pytest.raises(CheckpointError, match=message) as raised:
-        read_huggingface(written)
+        hf_cases.read(written)
     assert str(raised.value).startswith(f"{written / 'config.json'}: ")
     assert len(str(raised.value).splitlines()) == 1
 
@@ -240,7 +249,7 @@ def edit_config(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def test_keys_that_are_left_out(written: Path) -> None:
     edit_config(written, lambda config: [config.pop("n_layer"), config.pop("vocab_size")])
     with pytest.raises(CheckpointError, match=r"config\.json: lacks n_layer, vocab_size$"):
-        read_huggingface(written)
+        hf_cases.read(written)
 
 
 def test_defaults_are_those_of_transformers(tmp_path: Path) -> None:
@@ -248,7 +257,7 @@ def test_defaults_are_those_of_transformers(tmp_path: Path) -> None:
     write(tmp_path / "model", random_params(cfg=cfg), cfg)
     left_out = ("rotary_dim", "layer_norm_epsilon", "n_inner", "activation_function", "tie_word_embeddings")
     edit_config(tmp_path / "model", lambda config: [config.pop(key) for key in left_out])
-    assert read_huggingface(tmp_path / "model")[0] == cfg
+    assert hf_cases.read(tmp_path / "model")[0] == cfg
 
 
 def test_what_looks_like_hugging_face(written: Path, tmp_path: Path) -> None:
@@ -261,15 +270,18 @@ def test_what_looks_like_hugging_face(written: Path, tmp_path: Path) -> None:
 
 def test_no_weights(written: Path) -> None:
     (written / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"holds neither model\.safetensors nor model\.safetensors\.index\.json"):
-        read_huggingface(written)
+    with pytest.raises(
+        CheckpointError,
+        match=r"holds neither model\.safetensors nor model\.safetensors\.index\.json, nor pytorch_model",
+    ):
+        hf_cases.read(written)
 
 
 def test_a_missing_shard(sharded: Path) -> None:
     shard = sorted(sharded.glob("*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(CheckpointError, match=f"{shard}: missing, though model.safetensors.index.json names it"):
-        read_huggingface(sharded)
+        hf_cases.read(sharded)
 
 
 def test_a_missing_tensor(sharded: Path) -> None:
@@ -278,13 +290,13 @@ def test_a_missing_tensor(sharded: Path) -> None:
     del content["weight_map"]["transformer.h.10.ln_1.bias"], content["weight_map"]["lm_head.bias"]
     index.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=r"lacks the tensor \S+ \(2 missing in all\)"):
-        read_huggingface(sharded)
+        hf_cases.read(sharded)
 
 
 def test_fewer_layers_than_configured(written: Path) -> None:
     edit_config(written, lambda config: config.update(n_layer=12))
     with pytest.raises(CheckpointError, match=r"lacks the tensor transformer\.h\.11\.\S+ \(10 missing in all\)"):
-        read_huggingface(written)
+        hf_cases.read(written)
 
 
 def test_another_shape_than_configured(written: Path) -> None:
@@ -292,7 +304,7 @@ def test_another_shape_than_configured(written: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"transformer\.wte\.weight: shape \(56, 24\).* makes it \(57, 24\)"
     ) as at:
-        read_huggingface(written)
+        hf_cases.read(written)
     assert str(at.value).count(str(written)) == 1
 
 
@@ -302,7 +314,7 @@ def test_a_truncated_file_is_named(written: Path, keep: float) -> None:
     data = file.read_bytes()
     file.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
     with pytest.raises(CheckpointError, match=f"{file}: not a whole safetensors file") as raised:
-        read_huggingface(written)
+        hf_cases.read(written)
     assert len(str(raised.value).splitlines()) == 1 and str(raised.value).count(str(written)) == 1
 
 
@@ -310,7 +322,7 @@ def test_a_truncated_shard_is_named(sharded: Path) -> None:
     shard = sorted(sharded.glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match=str(shard)) as raised:
-        read_huggingface(sharded)
+        hf_cases.read(sharded)
     assert str(raised.value).count(str(sharded)) == 1
 
 
@@ -319,7 +331,7 @@ def test_a_damaged_index(sharded: Path, content: str) -> None:
     index = sharded / "model.safetensors.index.json"
     index.write_text(content)
     with pytest.raises(CheckpointError, match=f'{index}: not JSON with a "weight_map"'):
-        read_huggingface(sharded)
+        hf_cases.read(sharded)
 
 
 def test_tensors_that_are_not_parameters_are_left_alone(written: Path) -> None:
@@ -332,5 +344,38 @@ def test_tensors_that_are_not_parameters_are_left_alone(written: Path) -> None:
         "transformer.h.0.attn.masked_bias": np.array(-1e9, np.float32),
     }
     save_file(tensors, file)
-    cfg, back, _ = read_huggingface(written)
+    cfg, back, _ = hf_cases.read(written)
     assert digest(cfg, back) == digest(CFG, random_params())
+
+
+def test_a_tensor_that_gpt_j_does_not_have_is_named(written: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    file = written / "model.safetensors"
+    save_file(load_file(file) | {"transformer.h.0.attn.q_proj.lora_A": np.zeros(3, np.float32)}, file)
+    with pytest.raises(CheckpointError, match=r"holds the tensor transformer\.h\.0\.attn\.q_proj\.lora_A"):
+        hf_cases.read(written)
+
+
+def test_a_dtype_that_no_parameter_has(written: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    file = written / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"lm_head.bias": tensors["lm_head.bias"].astype(np.float64)}, file)
+    with pytest.raises(CheckpointError, match=r"lm_head\.bias: dtype F64; expected float32, bfloat16 or float16"):
+        hf_cases.read(written)
+
+
+def test_an_index_that_points_elsewhere(sharded: Path) -> None:
+    index = sharded / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["lm_head.bias"] = "../model.safetensors"
+    index.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"names the file '\.\./model\.safetensors'"):
+        hf_cases.read(sharded)
+    files = sorted(sharded.glob("model-*.safetensors"))
+    content["weight_map"]["lm_head.bias"] = next(f.name for f in files if "lm_head.bias" not in header_of(f))
+    index.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"lacks the tensor lm_head\.bias, though model\.safetensors\.index"):
+        hf_cases.read(sharded)

@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -19,6 +18,7 @@ from mesh_transformer.checkpoint import arrays, native, opening
 from mesh_transformer.checkpoint.native import CheckpointStore
 from mesh_transformer.config.errors import CheckpointError
 from mesh_transformer.config.presets import preset
+from mesh_transformer.files import is_out_of_space
 
 META = {"model": preset("gpt-j-tiny").to_dict()}
 WANTED = {"w": jax.ShapeDtypeStruct((2000,), jnp.float32)}
@@ -162,7 +162,7 @@ def test_other_faults_are_not_dressed_up(tmp_path: Path, monkeypatch: pytest.Mon
         save(store, 1)
     assert list(tmp_path.iterdir()) == []
     memory = RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes")
-    assert not native._is_out_of_space(memory)
+    assert not is_out_of_space(memory)
 
 
 def test_an_error_under_way_does_not_hide_what_ended_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,19 +176,7 @@ def test_an_error_under_way_does_not_hide_what_ended_the_block(tmp_path: Path, m
     assert "Input/output error" in caught.value.__notes__[0]
 
 
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "disk"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(path)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", str(path)], check=True)
-
-
+@pytest.mark.parametrize("tiny_disk", ["2m"], indirect=True)
 def test_a_disk_that_is_really_full(tiny_disk: Path, capfd: pytest.CaptureFixture[str]) -> None:
     store = CheckpointStore(tiny_disk / "checkpoints", 1, 0)
     save(store, 1)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import mesh_transformer as mt
-from mesh_transformer import api
+from mesh_transformer.checkpoint import models
 from mesh_transformer.checkpoint.run_directory import RunDirectory
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.data.tfrecord import write_records
@@ -69,7 +69,7 @@ Refused = Callable[..., str]
         (["bench", "train", "--dtypes", "float31"], ["float31", "bfloat16"]),
         (["bench", "train", "--against", "nobody"], ["nobody", "hf"]),
         (["train"], ["Missing argument", "config"]),
-        (["inspect", "a", "b"], ["extra argument", "b"]),
+        (["inspect", "a", "b", "c"], ["extra argument", "c"]),
         (["generate", "m", "--seed", "one"], ["--seed", "one"]),
         (["demo", "--steps", "0"], ["--steps 0", "at least 1"]),
         (["demo", "--steps", "many"], ["--steps", "many"]),
@@ -335,8 +335,8 @@ def test_a_text_for_a_model_without_a_tokenizer(refused: Refused, here: Path, wo
 def test_what_is_no_model(refused: Refused, here: Path, name: str) -> None:
     more = ["--prompt", "a"] if name == "generate" else []
     refused(name, "nowhere", *more, names=("nowhere", "no such file or directory"))
-    refused(name, "text.txt", *more, names=("text.txt", "holds no checkpoint"))
-    refused(name, "data", *more, names=("data", "holds no checkpoint"))
+    refused(name, "text.txt", *more, names=("text.txt", "holds no model"))
+    refused(name, "data", *more, names=("data", "holds no model"))
 
 
 def test_a_hugging_face_directory_of_another_family(refused: Refused, here: Path) -> None:
@@ -383,7 +383,7 @@ def bug(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("something\nunforeseen")
 
-    monkeypatch.setattr(api, "load", fail)
+    monkeypatch.setattr(models, "open_weights", fail)
     yield
 
 
@@ -410,5 +410,5 @@ def test_ctrl_c(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(api, "load", interrupt)
+    monkeypatch.setattr(models, "open_weights", interrupt)
     assert command.call("inspect", "x").status == 130

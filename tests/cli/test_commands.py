@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import json
 import os
 import pty
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ import pytest
 import mesh_transformer as mt
 from mesh_transformer import api
 from mesh_transformer.checkpoint.digest import digest
+from mesh_transformer.cli import console
 from mesh_transformer.data.source import open_source
 
 
@@ -312,13 +315,25 @@ def test_an_interactive_session(command: Any, place: Any) -> None:
         assert session.close() == 0
 
 
-def test_progress_on_a_terminal_is_a_bar(command: Any, place: Any, tmp_path: Path) -> None:
-    shown = Terminal(
-        "prepare", place.path / "text.txt", "--out", tmp_path / "d", "--tokenizer", "bytes", env=command.environment
-    )
-    text = shown.read_until("dropped:")
-    assert shown.close() == 0
-    assert "tokenizing" in text and "100%" in text
+class TerminalText(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("in_bytes", [False, True])
+def test_progress_on_a_terminal_is_a_bar_for_what_takes_long(in_bytes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = TerminalText()
+    monkeypatch.setattr(sys, "stderr", shown)
+    clock = iter(float(second) for second in range(100))
+    monkeypatch.setattr(console, "time", types.SimpleNamespace(monotonic=lambda: next(clock) / 2))
+    with console.StageDisplay(in_bytes=in_bytes) as display:
+        display.progress("tokenizing", 1, 4_000_000)
+        display.progress("tokenizing", 2, 4_000_000)
+        assert not shown.getvalue()
+        display.progress("tokenizing", 3, 4_000_000)
+        display.progress("tokenizing", 4_000_000, 4_000_000)
+    assert "tokenizing" in shown.getvalue() and "100%" in shown.getvalue()
+    assert ("4.0/4.0 MB" in shown.getvalue()) == in_bytes
 
 
 # ------------------------------------------------------------------------------------------------------------ the demo

@@ -6,6 +6,7 @@ import json
 
 import jax.numpy as jnp
 
+from mesh_transformer.checkpoint.weights import InMemory
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.config.presets import preset
 from mesh_transformer.evaluate.describe import describe
@@ -14,7 +15,7 @@ from mesh_transformer.model.params import abstract_params
 
 def test_gpt_j_6b() -> None:
     cfg = preset("gpt-j-6b")
-    facts = describe(cfg, abstract_params(cfg, jnp.bfloat16))
+    facts = describe(InMemory(cfg, abstract_params(cfg, jnp.bfloat16)))
     # Hugging Face counts the second, the original's announcement the third.
     assert facts["parameters"] == 6_050_886_880
     assert facts["parameters_without_embedding_bias"] == 6_050_882_784
@@ -31,7 +32,14 @@ def test_gpt_j_6b() -> None:
 
 def test_a_shape_that_eight_shards_do_not_divide() -> None:
     cfg = ModelConfig(n_layers=1, d_model=12, n_heads=3, n_vocab=10, n_ctx=8, norm="scalenorm", position="t5")
-    facts = describe(cfg, abstract_params(cfg))
+    facts = describe(InMemory(cfg, abstract_params(cfg)))
     assert not [name for name in facts if "shards" in name]
     assert facts["tensors"]["relative/bias"]["shape"] == [3, 32]
     assert facts["tensors"]["head/ln/scale"] == {"axes": [], "shape": [], "dtype": "float32"}
+
+
+def test_v2_has_no_count_in_shards() -> None:
+    cfg = ModelConfig(n_layers=1, d_model=16, n_heads=8, d_head=2, n_vocab=16, n_ctx=8, architecture="v2", n_shards=8)
+    facts = describe(InMemory(cfg, abstract_params(cfg)))
+    assert not [name for name in facts if "shards" in name]
+    assert facts["tensors"]["layers/attn/b_q"]["shape"] == [1, 8, 2]

@@ -25,6 +25,10 @@ ONLY_IN = {
     "transformers": {"bench/hf.py"},
     "grain": {"data/loader.py", "data/source.py"},
     "orbax": {"checkpoint/arrays.py"},
+    "tensorstore": {"checkpoint/slices.py"},
+    "zstandard": {"checkpoint/legacy/archive.py"},
+    "huggingface_hub": {"checkpoint/models.py"},
+    "safetensors": {"checkpoint/huggingface/reader.py"},
     "matplotlib": {"train/plot.py"},
     "tokenizers": {"data/tokenizer.py"},
 }

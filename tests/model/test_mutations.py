@@ -78,7 +78,7 @@ def drop_a_bias(patch: Patch, within: str, name: str) -> None:
 
 def scores_not_scaled(patch: Patch) -> None:
     original = layers.attention
-    patch.setattr(layers, "attention", lambda q, k, v, bias, policy: original(q * 8**0.5, k, v, bias, policy))
+    patch.setattr(layers, "attention", lambda q, *rest: original(q * 8**0.5, *rest))
 
 
 def sees_one_token_ahead(patch: Patch) -> None:

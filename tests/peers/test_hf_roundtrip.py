@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import mesh_transformer as mt
+from checkpoint import hf_cases
 from golden import gptj
 from mesh_transformer.checkpoint.digest import digest
-from mesh_transformer.checkpoint.huggingface import write_huggingface
 from mesh_transformer.data.tokenizer import train_bpe
 
 # Deprecations inside torch and transformers are theirs to mend.
@@ -111,7 +111,7 @@ def test_what_transformers_saves_we_open_with_equal_logits(theirs: Any, ours: mt
 
 
 def test_in_shards_both_ways(ours: mt.Model, theirs: Any, tmp_path: Path) -> None:
-    write_huggingface(tmp_path / "ours", ours.config, ours.params, {}, 0, max_shard_bytes=200_000)
+    hf_cases.write(tmp_path / "ours", ours.config, ours.params, {}, 0, max_shard_bytes=200_000)
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="200KB")
     for name in ("ours", "theirs"):
         assert len(list((tmp_path / name).glob("model-*-of-*.safetensors"))) > 3

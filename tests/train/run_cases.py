@@ -153,14 +153,14 @@ def terminate() -> None:
     os.kill(os.getpid(), 15)
 
 
-def command(run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    """`mesh-transformer train CONFIG` in this process; returns its exit status."""
+def command(run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
+    """`mesh-transformer train CONFIG FLAGS` in this process; returns its exit status."""
     config = tmp_path / "config.toml"
     config.write_text(to_toml(run))
     # Settings of a whole process, which is here the one that runs the tests.
     monkeypatch.setattr(compat, "prepare_process", lambda: None)
     monkeypatch.setattr(compat, "use_compile_cache", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["mesh-transformer", "train", str(config)])
+    monkeypatch.setattr(sys, "argv", ["mesh-transformer", "train", str(config), *flags])
     with pytest.raises(SystemExit) as ended:
         main()
     assert isinstance(ended.value.code, int)

@@ -21,6 +21,7 @@ from mesh_transformer.config.errors import CheckpointError
 
 # Orbax gives up on a save after this time; a slow disk is no reason to.
 _TIMEOUT = 24 * 3600  # seconds
+_LARGE_ROW = 2**20  # bytes
 
 
 def check(tree: Any) -> None:
@@ -59,7 +60,8 @@ def start_write(directory: Path, tree: Any) -> Callable[[], None]:
     # Compression would gain about a tenth on trained weights and cost more time than the writing itself.
     checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False), timeout_secs=_TIMEOUT)
     try:
-        checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(_nested(tree)))
+        item = _nested(tree)
+        checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(item, save_args=jax.tree.map(_in_rows, item)))
     except BaseException:
         checkpointer.close()
         raise
@@ -93,10 +95,18 @@ def read(directory: Path, abstract: Any) -> Any:
             args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
             found = checkpointer.restore(directory.absolute(), args=args)
     except (ValueError, KeyError, OSError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0][:300]  # it may quote the file
         raise CheckpointError(f"{directory}: the arrays cannot be read: {reason}") from error
     leaves = [functools.reduce(lambda node, key: node[key], path, found) for path, _ in _paths_and_leaves(abstract)]
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def _in_rows(leaf: Any) -> Any:
+    """An array of large rows, such as layers, is stored row by row, so that one can be read without the rest."""
+    row_bytes = leaf.nbytes // leaf.shape[0] if leaf.ndim else 0
+    if row_bytes < _LARGE_ROW:
+        return _orbax().SaveArgs()
+    return _orbax().SaveArgs(chunk_byte_size=row_bytes, shard_axes=(0,))
 
 
 def _paths_and_leaves(tree: Any) -> list[tuple[tuple[str, ...], Any]]:

@@ -35,7 +35,7 @@ def write_manifest(directory: str | os.PathLike[str]) -> None:
     names = [name for name in _files_under(directory) if name != MANIFEST]
     entries = [
         {"path": name, "sha256": sha256, "size": (directory / name).stat().st_size}
-        for name, sha256 in zip(names, _hashes(directory, names), strict=True)
+        for name, sha256 in zip(names, hashes(directory, names), strict=True)
     ]
     write_atomically(directory / MANIFEST, _text(entries))
 
@@ -59,7 +59,7 @@ def verify(directory: str | os.PathLike[str]) -> None:
             size = (directory / entry["path"]).stat().st_size
             if size != entry["size"]:
                 raise CheckpointError(f"{directory / entry['path']}: {size} bytes, but {MANIFEST} says {entry['size']}")
-        for entry, sha256 in zip(entries, _hashes(directory, listed), strict=True):
+        for entry, sha256 in zip(entries, hashes(directory, listed), strict=True):
             if sha256 != entry["sha256"]:
                 raise CheckpointError(f"{directory / entry['path']}: damaged, its sha256 differs from {MANIFEST}'s")
     except OSError as error:
@@ -82,7 +82,7 @@ def _read(directory: Path) -> list[dict[str, Any]]:
         entries = json.loads(data)["files"]
         keys_are_right = all(set(entry) == {"path", "sha256", "size"} for entry in entries)
         well_formed = keys_are_right and _text(entries) == data
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         well_formed = False
     if not well_formed:
         raise CheckpointError(f"{path}: damaged, it is not as a manifest is written")
@@ -95,7 +95,7 @@ def _files_under(directory: Path) -> list[str]:
     return sorted((path.relative_to(directory).as_posix() for path in found), key=os.fsencode)
 
 
-def _hashes(directory: Path, names: Iterable[str]) -> Iterable[str]:
+def hashes(directory: Path, names: Iterable[str]) -> Iterable[str]:
     """sha256 of each file in order; hashlib lets go of the interpreter, so threads help."""
     with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
         yield from pool.map(lambda name: _sha256(directory / name), names)

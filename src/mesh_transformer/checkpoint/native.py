@@ -7,11 +7,9 @@ gets a temporary name first (`.STEP.del-PID`; `.STEP.old-PID` while its successo
 
 from __future__ import annotations
 
-import errno
 import importlib.metadata
 import json
 import os
-import re
 import shutil
 import threading
 import time
@@ -27,12 +25,12 @@ from mesh_transformer.checkpoint.manifest import MANIFEST, write_manifest
 from mesh_transformer.checkpoint.opening import CHECKPOINT_FILE, STATE, open_native
 from mesh_transformer.config.errors import CheckpointError, ConfigError
 from mesh_transformer.config.model import ModelConfig
-from mesh_transformer.files import fsync_path, fsync_tree, make_directories
+from mesh_transformer.files import clear_leftovers, fsync_path, fsync_tree, is_out_of_space, make_directories
 from mesh_transformer.shapes import Params
 
 __all__ = ["CheckpointStore", "open_native"]
 
-_TEMPORARY = re.compile(r"\.([0-9]+)\.(tmp|old|del)-([0-9]+)")
+_STEP = "[0-9]+"
 _REMOVALS, _PAUSE = 50, 0.1  # attempts, seconds between them
 _RESERVED = (STATE, CHECKPOINT_FILE, MANIFEST)
 
@@ -62,7 +60,7 @@ class CheckpointStore:
         self.keep_every = keep_every
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        _clear_leftovers(self.directory)
+        clear_leftovers(self.directory, _STEP)
 
     def save(
         self, step: int, state: Any, *, metadata: Mapping[str, Any], files: Mapping[str, bytes], wait: bool = False
@@ -86,13 +84,13 @@ class CheckpointStore:
         """
         self.wait()
         arrays.check(state)
-        document = _document(step, state, metadata)
+        document = checkpoint_document(step, arrays.describe(state), metadata)
         for name in files:
             if name in _RESERVED or Path(name).name != name:
                 raise ValueError(f"files: {name!r} is not a free plain file name")
         temporary = self.directory / f".{step}.tmp-{os.getpid()}"
         try:
-            _clear_leftovers(self.directory)  # of our own failed saves
+            clear_leftovers(self.directory, _STEP)  # of our own failed saves
             make_directories(temporary)
             finish_arrays = arrays.start_write(temporary / STATE, state)
         except BaseException as error:
@@ -182,11 +180,11 @@ class CheckpointStore:
 
     def _raise_clearly(self, step: int, temporary: Path, error: BaseException) -> NoReturn:
         _remove(temporary)
-        if not _is_out_of_space(error) and not isinstance(error, OSError):
+        if not is_out_of_space(error) and not isinstance(error, OSError):
             raise error
         previous = self.newest_intact(lambda _: None)
         kept = f"checkpoint {previous} is intact" if previous is not None else "there is no earlier checkpoint"
-        if _is_out_of_space(error):
+        if is_out_of_space(error):
             raise CheckpointError(
                 f"{self.directory}: no space left on the disk for checkpoint {step}; {kept}\n"
                 "Free space there, or lower train.keep_last and train.keep_every; then repeat the command to go on."
@@ -211,33 +209,6 @@ class CheckpointStore:
                     ) from error
 
 
-def write_model(
-    path: str | os.PathLike[str], model: ModelConfig, params: Params, *, step: int, files: Mapping[str, bytes]
-) -> None:
-    """Writes one checkpoint that holds parameters only, at `path`; it appears whole or not at all.
-
-    Raises:
-        CheckpointError: `path` exists.
-        OSError: it cannot be written; nothing is left behind.
-    """
-    path = Path(path)
-    if path.exists():
-        raise CheckpointError(f"{path}: exists already; choose another place or remove it first")
-    state = {"params": params}
-    arrays.check(state)
-    contents = {**files, CHECKPOINT_FILE: _document(step, state, {"model": model.to_dict()})}
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    make_directories(temporary.absolute())
-    try:
-        _complete(temporary, arrays.start_write(temporary / STATE, state), contents)
-        temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    fsync_path(path.absolute().parent)
-
-
 def _complete(temporary: Path, finish_arrays: Callable[[], None], contents: Mapping[str, bytes]) -> None:
     """Everything of a checkpoint, on the disk, the manifest last."""
     finish_arrays()
@@ -247,15 +218,15 @@ def _complete(temporary: Path, finish_arrays: Callable[[], None], contents: Mapp
     write_manifest(temporary)
 
 
-def _document(step: int, state: Any, metadata: Mapping[str, Any]) -> bytes:
-    """Contents of checkpoint.json."""
+def checkpoint_document(step: int, described: Mapping[str, Any], metadata: Mapping[str, Any]) -> bytes:
+    """Contents of checkpoint.json; `described` is what `arrays.describe` says of the state."""
     own = {
         "format": opening.FORMAT,
         "version": opening.VERSION,
         "project_version": importlib.metadata.version("mesh-transformer"),
         "jax_version": jax.__version__,
         "step": step,
-        "arrays": arrays.describe(state),
+        "arrays": dict(described),
     }
     if step < 0:
         raise ValueError(f"step = {step} must not be negative")
@@ -295,37 +266,3 @@ def _remove(directory: Path) -> None:
         if not directory.exists():
             return
         time.sleep(_PAUSE)
-
-
-def _clear_leftovers(directory: Path) -> None:
-    """Removes what processes that are dead left; a replaced checkpoint whose successor never came is put back."""
-    for entry in list(directory.iterdir()) if directory.is_dir() else []:
-        match = _TEMPORARY.fullmatch(entry.name)
-        # Our own process number is that of an earlier process too: in a container every run may be number 1.
-        if match is None or (int(match[3]) != os.getpid() and _is_alive(int(match[3]))):
-            continue
-        final = entry.with_name(match[1])
-        if match[2] == "old" and not final.exists():
-            entry.rename(final)
-        else:
-            shutil.rmtree(entry, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _is_out_of_space(error: BaseException) -> bool:
-    """Also where TensorStore reports it as text of another exception."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    text = str(error)
-    # The accelerator's memory running out has the same status code.
-    exhausted = "RESOURCE_EXHAUSTED" in text and "memory" not in text.lower()
-    return exhausted or "No space left" in text or "quota exceeded" in text.lower()

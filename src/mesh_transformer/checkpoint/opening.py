@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from mesh_transformer.checkpoint import arrays
 from mesh_transformer.checkpoint.manifest import MANIFEST, verify
+from mesh_transformer.config.checks import shown
 from mesh_transformer.config.errors import CheckpointError, ConfigError
 from mesh_transformer.config.model import ModelConfig, differing_fields
 from mesh_transformer.shapes import Params
@@ -131,16 +132,33 @@ def read_metadata(step_directory: Path) -> dict[str, Any]:
         metadata = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged, it is not JSON ({error})") from error
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise CheckpointError(f'{path}: not a checkpoint of this project; expected "format": "{FORMAT}"')
     if metadata.get("version") != VERSION:
         raise CheckpointError(
-            f"{path}: format version {metadata.get('version')}, written by mesh-transformer "
-            f"{metadata.get('project_version')}; this one reads version {VERSION}: install that one"
+            f"{path}: format version {shown(metadata.get('version'))}, written by mesh-transformer "
+            f"{shown(metadata.get('project_version'))}; this one reads version {VERSION}: install that one"
         )
+    if not _is_step_count(metadata.get("step")) or not _describes_arrays(metadata.get("arrays")):
+        raise CheckpointError(f"{path}: damaged, its step or its arrays are not as a checkpoint describes them")
     return metadata
+
+
+def _is_step_count(step: Any) -> bool:
+    return type(step) is int and step >= 0
+
+
+def _describes_arrays(arrays: Any) -> bool:
+    """Whether it is {name: {"shape": [n, ...], "dtype": name}}."""
+    return isinstance(arrays, dict) and all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("dtype"), str)
+        and isinstance(entry.get("shape"), list)
+        and all(type(n) is int for n in entry["shape"])
+        for entry in arrays.values()
+    )
 
 
 def stored_model(metadata: Mapping[str, Any], where: Path) -> ModelConfig:
@@ -154,7 +172,7 @@ def stored_model(metadata: Mapping[str, Any], where: Path) -> ModelConfig:
     except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(
             f"{where / CHECKPOINT_FILE}: its model cannot be understood ({error}); "
-            f"it was written by mesh-transformer {metadata.get('project_version')}"
+            f"it was written by mesh-transformer {shown(metadata.get('project_version'))}"
         ) from error
 
 

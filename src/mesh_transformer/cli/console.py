@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mesh_transformer.train.metrics import StepMetrics, ValidationMetrics
 
 _SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_WITHOUT_BAR = 1.0  # what takes no longer shows none
 
 
 def note(text: str) -> None:
@@ -95,20 +96,20 @@ def _figures(metrics: StepMetrics) -> str:
 
 
 class StageDisplay:
-    """Progress of work in stages: a bar on a terminal, a line every ten seconds elsewhere. A context manager."""
+    """Progress of work in stages: a bar on a terminal, a line every ten seconds elsewhere. A context manager.
 
-    def __init__(self) -> None:
+    Args:
+        in_bytes: the units are bytes; their rate is shown.
+    """
+
+    def __init__(self, *, in_bytes: bool = False) -> None:
+        self._in_bytes = in_bytes
+        self._begun: dict[str, float] = {}
         self._bar: Any = None
         self._tasks: dict[str, Any] = {}
         self._printed = time.monotonic()
 
     def __enter__(self) -> StageDisplay:
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self._bar = Progress(console=Console(stderr=True))
-            self._bar.start()
         return self
 
     def __exit__(
@@ -117,12 +118,32 @@ class StageDisplay:
         if self._bar is not None:
             self._bar.stop()
 
+    def _start_bar(self) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        columns = progress.Progress.get_default_columns()
+        if self._in_bytes:
+            columns = (*columns, progress.DownloadColumn(), progress.TransferSpeedColumn())
+        self._bar = progress.Progress(*columns, console=Console(stderr=True))
+        self._bar.start()
+
     def progress(self, stage: str, done: int, total: int) -> None:
         """`done` of `total` units of a stage are finished."""
-        if self._bar is not None:
+        now = time.monotonic()
+        self._begun.setdefault(stage, now)
+        if sys.stderr.isatty():
+            if self._bar is None and now - min(self._begun.values()) > _SECONDS_WITHOUT_BAR:
+                self._start_bar()
+            if self._bar is None:
+                return
             if stage not in self._tasks:
                 self._tasks[stage] = self._bar.add_task(stage, total=total)
             self._bar.update(self._tasks[stage], completed=done)
-        elif time.monotonic() - self._printed >= _SECONDS_BETWEEN_LINES:
-            self._printed = time.monotonic()
-            note(f"{stage}: {done:,} of {total:,}")
+        elif now - self._printed >= _SECONDS_BETWEEN_LINES:
+            self._printed = now
+            if self._in_bytes:
+                rate = done / max(1e-3, now - self._begun[stage])
+                note(f"{stage}: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:,.0f} MB/s")
+            else:
+                note(f"{stage}: {done:,} of {total:,}")

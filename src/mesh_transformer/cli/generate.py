@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from mesh_transformer.cli.session import MODEL_HELP
+
 if TYPE_CHECKING:
     from mesh_transformer.api import Model
     from mesh_transformer.sample.options import SamplingOptions
 
 
 def generate(
-    model: str = typer.Argument(help="A run directory, a checkpoint or a Hugging Face GPT-J directory."),
+    model: str = typer.Argument(help=MODEL_HELP),
     prompt: list[str] = typer.Option([], "--prompt", metavar="TEXT", help="May be repeated."),
     prompt_file: Path | None = typer.Option(None, "--prompt-file", metavar="FILE", help="A whole file as one prompt."),
     max_tokens: int = typer.Option(256, help="Tokens of each completion at the most."),
@@ -31,13 +33,15 @@ def generate(
     json_: bool = typer.Option(False, "--json", help="One JSON object a completion."),
     dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16; default: weights as stored."),
     tokenizer: str | None = typer.Option(None, help="gpt2, bytes or a tokenizer.json; default: the model's own."),
-    step: int | None = typer.Option(None, help="Which checkpoint of a run; default: the newest."),
+    step: int | None = typer.Option(None, help="Which checkpoint of several; default: the newest."),
+    config: str | None = typer.Option(None, metavar="FILE", help="Of an original checkpoint that has none beside it."),
 ) -> None:
     """Write with a model. Without a prompt, on a terminal, an interactive session."""
     from mesh_transformer.cli.session import start_session
 
     start_session()
     from mesh_transformer.api import load
+    from mesh_transformer.cli.console import StageDisplay
     from mesh_transformer.config.errors import UserError
     from mesh_transformer.sample.options import SamplingOptions
 
@@ -56,7 +60,8 @@ def generate(
         raise UserError("no prompt: give --prompt TEXT or --prompt-file FILE, or run on a terminal to be asked for it")
     if stream and (len(prompts) != 1 or samples != 1 or json_):
         raise UserError("--stream writes one completion as text: give one prompt, and neither --samples nor --json")
-    opened = load(model, dtype=dtype, tokenizer=tokenizer, step=step)
+    with StageDisplay(in_bytes=True) as display:
+        opened = load(model, dtype=dtype, tokenizer=tokenizer, step=step, config=config, progress=display.progress)
     if not prompts:
         _interactive(opened, options)
     elif stream:

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import typer
 
-from mesh_transformer.cli import bench, demo, generate, inspect, prepare, train
+from mesh_transformer.cli import bench, convert, demo, generate, inspect, prepare, train
 from mesh_transformer.config.errors import MeshTransformerError
 
 # A path where something else stands in the way, or that may not be used.
@@ -19,7 +19,7 @@ _UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR
 
 app = typer.Typer(
     name="mesh-transformer",
-    help="Train, sample and inspect GPT-J-class language models in JAX.",
+    help="Train, sample, convert and inspect GPT-J-class language models in JAX.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -30,6 +30,7 @@ app.command("demo")(demo.demo)
 app.command("prepare")(prepare.prepare)
 app.command("train")(train.train)
 app.command("generate")(generate.generate)
+app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.add_typer(bench.app, name="bench")
 
@@ -39,7 +40,7 @@ def options(
     version: bool = typer.Option(False, "--version", help="Print the versions in use and whether they were tested."),
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error. May stand anywhere."),
 ) -> None:
-    """Train, sample and inspect GPT-J-class language models in JAX."""
+    """Train, sample, convert and inspect GPT-J-class language models in JAX."""
     if version:
         from mesh_transformer.compat import version_report
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import typer
+
+if TYPE_CHECKING:
+    from mesh_transformer.train.init_from import InitFrom
 
 
 def train(
@@ -11,6 +16,27 @@ def train(
         [], "--set", metavar="KEY=VALUE", help="Override one value, e.g. train.steps=100. May be repeated."
     ),
     new: bool = typer.Option(False, "--new", help="Begin again instead of going on from the newest checkpoint."),
+    init_from: str | None = typer.Option(
+        None,
+        "--init-from",
+        metavar="MODEL",
+        help="Begin from this model (any that `inspect` opens) with its optimizer state, if it has one; schedule and "
+        "step begin at 0. Has no effect once the run has a checkpoint.",
+    ),
+    fresh_optimizer: bool = typer.Option(
+        False, "--fresh-optimizer", help="With --init-from: take the parameters alone; Adam starts afresh."
+    ),
+    keep_schedule: bool = typer.Option(
+        False,
+        "--keep-schedule",
+        help="With --init-from: go on with the model's interrupted run, at its step and its place in the schedule.",
+    ),
+    init_step: int | None = typer.Option(
+        None, "--init-step", min=0, metavar="N", help="With --init-from: its checkpoint of this step, not the newest."
+    ),
+    init_config: str | None = typer.Option(
+        None, "--init-config", metavar="FILE", help="With --init-from: its configuration, where it has none beside it."
+    ),
     yes: bool = typer.Option(False, "--yes", help="With --new: delete the earlier run without asking."),
 ) -> None:
     """Train, going on by itself from the newest complete checkpoint of the run directory."""
@@ -23,6 +49,9 @@ def train(
     from mesh_transformer.train.run import has_run
     from mesh_transformer.train.run import train as run_training
 
+    begin_from = _begin_from(
+        init_from, fresh_optimizer=fresh_optimizer, keep_schedule=keep_schedule, step=init_step, config=init_config
+    )
     run, notes = load_run_config(config, set_)
     for line in notes:
         note(line)
@@ -32,8 +61,30 @@ def train(
             "or give this run another name"
         )
     with TrainingDisplay(run.train.steps) as display:
-        result = run_training(run, display, new=new)
+        result = run_training(run, display, new=new, init_from=begin_from)
     if result.stopped_by is not None:
         note(stopped_note(result.step, result.stopped_by))
         raise typer.Exit(128 + result.stopped_by)
     note(f"done: step {result.step}; see {run.run_directory}")
+
+
+def _begin_from(
+    model: str | None, *, fresh_optimizer: bool, keep_schedule: bool, step: int | None, config: str | None
+) -> InitFrom | None:
+    from mesh_transformer.config.errors import ConfigError
+    from mesh_transformer.train.init_from import InitFrom
+
+    if model is not None:
+        return InitFrom(
+            model=model, step=step, config=config, fresh_optimizer=fresh_optimizer, keep_schedule=keep_schedule
+        )
+    how = {
+        "--fresh-optimizer": fresh_optimizer,
+        "--keep-schedule": keep_schedule,
+        "--init-step": step is not None,
+        "--init-config": config is not None,
+    }
+    given = [flag for flag, is_given in how.items() if is_given]
+    if given:
+        raise ConfigError(f"{given[0]} says how to begin from a model, and none is given\nadd --init-from MODEL")
+    return None

@@ -1,6 +1,7 @@
 """The original's flat JSON configuration (docs/formats.md, section 13) as the nested dict that `schema` reads.
 
-Every key is either mapped or named in a note: nothing is passed over in silence.
+Every key is either mapped or named in a note: nothing is passed over in silence. A configuration with `d_head` is one
+of the original's second version, v2 (docs/formats.md, section 8).
 """
 
 from __future__ import annotations
@@ -60,9 +61,12 @@ _TREATED = (
     "comment",
 )
 KNOWN = (*RENAMED, *_TREATED)
-_REQUIRED_MODEL = ("layers", "d_model", "n_heads", "n_vocab", "seq", "norm", "pe")
+_SIZES = ("layers", "d_model", "n_heads", "n_vocab", "seq")
+# By architecture: v2 never looked at norm and pe, and cannot be known without its number of shards.
+_REQUIRED_MODEL = {"v1": (*_SIZES, "norm", "pe"), "v2": (*_SIZES, "d_head", "cores_per_replica")}
+# What v2 has whatever the keys say.
+_FIXED_IN_V2 = {"norm": "layernorm", "pe": "rotary"}
 _REQUIRED = (
-    *_REQUIRED_MODEL,
     *("cores_per_replica", "per_replica_batch", "total_steps", "lr", "end_lr", "warmup_steps", "anneal_steps"),
     *("weight_decay", "train_set", "val_set", "val_batches", "val_every", "ckpt_every", "keep_every", "name"),
 )
@@ -81,8 +85,7 @@ def from_legacy(
     Raises:
         ConfigError: a key is unknown, missing or unusable, or asks for what this version does not have.
     """
-    _refuse_v2(raw)
-    _check_keys(raw, _REQUIRED)
+    _check_keys(raw, dict.fromkeys((*_REQUIRED_MODEL[_architecture(raw)], *_REQUIRED)))
     notes: list[str] = []
     batch_size, batch_note = _batch_size(raw, n_devices)
     notes += _device_notes(raw, batch_note, "train.batch_size" in overridden)
@@ -104,27 +107,29 @@ def from_legacy(
 def model_section(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The `[model]` section of the original's configuration; its other keys are not looked at.
 
-    A missing pe_rotary_dims is left out, and so becomes d_head, as it was in the original.
+    A missing pe_rotary_dims is left out, and so becomes d_head, as it was in the original. Of v2, cores_per_replica
+    belongs to the architecture; norm and pe do not.
 
     Raises:
-        ConfigError: a key of the architecture is missing, or it is the second version's architecture.
+        ConfigError: a key of the architecture is missing or unusable.
     """
-    _refuse_v2(raw)
-    _check_missing(raw, _REQUIRED_MODEL)
+    architecture = _architecture(raw)
+    _check_missing(raw, _REQUIRED_MODEL[architecture])
     section = {name.removeprefix("model."): raw[key] for key, name in _MODEL_KEYS.items() if key in raw}
-    if raw["pe"] != "rotary":
+    if architecture == "v2":
+        for key in ("d_head", "cores_per_replica"):
+            checks.check_count(key, raw[key], 1)
+        section |= {"architecture": "v2", "d_head": raw["d_head"], "n_shards": raw["cores_per_replica"]}
+        section |= {_MODEL_KEYS[key].removeprefix("model."): only for key, only in _FIXED_IN_V2.items()}
+    elif raw["pe"] != "rotary":
         section.pop("d_rotary", None)
-    elif "d_rotary" in section:
+    if "d_rotary" in section:
         checks.check_count("pe_rotary_dims", section["d_rotary"], 2)
     return section
 
 
-def _refuse_v2(raw: Mapping[str, Any]) -> None:
-    if "d_head" in raw:
-        raise ConfigError(
-            f"d_head = {checks.shown(raw['d_head'])} makes this a configuration of the original's second (v2) "
-            "architecture, which this version does not support; a v1 configuration has no d_head"
-        )
+def _architecture(raw: Mapping[str, Any]) -> str:
+    return "v2" if "d_head" in raw else "v1"
 
 
 def _check_keys(raw: Mapping[str, Any], required: Collection[str]) -> None:
@@ -170,7 +175,12 @@ def _batch_size(raw: Mapping[str, Any], n_devices: int) -> tuple[int, str]:
 
 def _device_notes(raw: Mapping[str, Any], product: str, batch_overridden: bool) -> list[str]:
     notes = []
-    if raw["cores_per_replica"] > 1:
+    if _architecture(raw) == "v2":
+        notes.append(
+            f"cores_per_replica = {raw['cores_per_replica']}: model.n_shards, the number of v2's attention heads; "
+            "mesh.tensor = 1, as this version trains on one device"
+        )
+    elif raw["cores_per_replica"] > 1:
         if raw["norm"] == "layernorm-desync":
             raise ConfigError(
                 f'norm = "layernorm-desync" with cores_per_replica = {raw["cores_per_replica"]} is not supported: each '
@@ -232,11 +242,15 @@ def _dtypes(raw: Mapping[str, Any], overridden: Collection[str], notes: list[str
         notes.append(
             'train.compute_dtype = "bfloat16", as the original trained; --set train.compute_dtype=float32 is more exact'
         )
-    if "early_cast" in raw:
+    is_v2 = _architecture(raw) == "v2"
+    if is_v2:
+        checks.check_type("early_cast", raw.get("early_cast", False), "boolean")
+    if raw.get("early_cast", False) if is_v2 else "early_cast" in raw:
         dtypes["param_dtype"] = "bfloat16"
         if "train.param_dtype" not in overridden:
+            why = "" if is_v2 else "by its mere presence, as in the original, "
             notes.append(
-                f"warning: early_cast = {checks.shown(raw['early_cast'])}: by its mere presence, as in the original, "
+                f"warning: early_cast = {checks.shown(raw['early_cast'])}: {why}"
                 'train.param_dtype = "bfloat16"; remove the key to keep parameters in float32'
             )
     checks.check_type("bf16_optimizer", raw.get("bf16_optimizer", False), "boolean")
@@ -257,12 +271,31 @@ def _unused(raw: Mapping[str, Any]) -> list[str]:
         "eval_only": "ignored, it belongs to the original's second (v2) architecture",
         "gen_length": "ignored, it belongs to the original's second (v2) architecture",
     }
-    idle = {"eval_harness_tasks": [], "val_batch_multiplier": 1, "wandb_project": "", "comment": ""}
+    idle: dict[str, Any] = {"eval_harness_tasks": [], "val_batch_multiplier": 1, "wandb_project": "", "comment": ""}
+    if _architecture(raw) == "v2":
+        _check_v2_switches(raw)
+        meaningless |= {
+            "early_collect": "ignored, parameters on one device are not sharded and need no gathering",
+            "gen_length": "ignored, training does not generate",
+        }
+        idle |= {"eval_only": False}
+        meaningless |= {key: f'not looked at, v2 always has "{only}"' for key, only in _FIXED_IN_V2.items()}
+        idle |= _FIXED_IN_V2
     notes = [
         f"{key} = {checks.shown(raw[key])}: {reason}"
         for key, reason in meaningless.items()
         if key in raw and not (key in idle and raw[key] == idle[key])
     ]
-    if "pe_rotary_dims" in raw and raw["pe"] != "rotary":
+    if _architecture(raw) == "v1" and "pe_rotary_dims" in raw and raw["pe"] != "rotary":
         notes.append(f'pe_rotary_dims = {checks.shown(raw["pe_rotary_dims"])}: ignored, it needs pe = "rotary"')
     return notes
+
+
+def _check_v2_switches(raw: Mapping[str, Any]) -> None:
+    for key, default in (("early_collect", True), ("eval_only", False)):
+        checks.check_type(key, raw.get(key, default), "boolean")
+    if raw.get("eval_only", False):
+        raise ConfigError(
+            "eval_only = true: the original loaded such a model without its optimizer, to evaluate it, and this would "
+            "train it; remove the key to train"
+        )

@@ -74,7 +74,7 @@ def model_config_from_legacy(raw: Mapping[str, Any]) -> ModelConfig:
     """The architecture in the original's JSON; keys that are not about the architecture are not looked at.
 
     Raises:
-        ConfigError: a key of the architecture is missing or unusable, or it is the second version's architecture.
+        ConfigError: a key of the architecture is missing or unusable.
     """
     try:
         return model_config_from_dict(model_section(raw))

@@ -30,7 +30,6 @@ SECTIONS: dict[str, type] = {
 _MORE_KEYS: dict[str, dict[str, Any]] = {"model": {"preset": str}, "evaluate": {"tasks": list, "every": int}}
 # Keys of the documented surface whose feature does not exist yet. They are refused, never ignored.
 NOT_BUILT: dict[str, str] = {
-    "model.n_shards": 'the "v2" architecture is not built',
     "train.gather": "parameters are not sharded, so there is nothing to gather",
     "train.pipeline_microbatches": "there is no pipeline parallelism",
     "train.step_timeout": "a step that hangs is not detected",
@@ -106,6 +105,8 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> ModelConfig:
 
 def _build_model(given: Mapping[str, Any]) -> ModelConfig:
     fields = {name: value for name, value in given.items() if name != "preset"}
+    if fields.get("n_shards"):  # no other architecture has any
+        fields.setdefault("architecture", "v2")
     if "preset" not in given:
         return ModelConfig(**fields)
     base = preset(given["preset"]).to_dict()
@@ -114,6 +115,8 @@ def _build_model(given: Mapping[str, Any]) -> ModelConfig:
         base |= {"d_head": 0, "n_kv_heads": 0}
     if "d_model" in fields:
         base["d_ff"] = 0
+    if fields.get("architecture", base["architecture"]) != base["architecture"]:
+        del base["feed_forward"], base["n_shards"]
     return ModelConfig(**{**base, **fields})
 
 

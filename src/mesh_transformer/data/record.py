@@ -66,7 +66,7 @@ def _read(path: Path) -> DataRecord | None:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: the data's record cannot be read ({error}); prepare the data again") from error
     if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
         return None  # some other file of that name

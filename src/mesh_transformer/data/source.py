@@ -145,6 +145,16 @@ def record_lengths(path: str) -> np.ndarray:
     return lengths
 
 
+def _lengths_of(path: str, plain: str) -> np.ndarray:
+    """`record_lengths` of the expanded copy `plain`; an error names the user's own file too."""
+    try:
+        return record_lengths(plain)
+    except DataError as error:
+        if plain == path:
+            raise
+        raise DataError(f"{path}: what it expands to is damaged: {error}") from error
+
+
 def _read_lengths(path: Path, status: os.stat_result) -> np.ndarray | None:
     try:
         data = path.read_bytes()
@@ -181,7 +191,7 @@ class RecordSource:
         self.sequence_length = sequence_length
         self.n_vocab = n_vocab
         self._plain = [plain_file(path) for path in self.files]
-        lengths = [record_lengths(path) for path in self._plain]
+        lengths = [_lengths_of(path, plain) for path, plain in zip(self.files, self._plain, strict=True)]
         # Payload offsets alone are kept, with the end of the file after each file's last: a length is a difference.
         self._offsets = [
             HEADER_BYTES + np.concatenate([[0], np.cumsum(each + HEADER_BYTES + FOOTER_BYTES)]) for each in lengths

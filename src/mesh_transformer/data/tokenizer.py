@@ -224,14 +224,15 @@ def from_bytes(data: bytes, *, name: str = FILE_NAME) -> Tokenizer:
 
     try:
         description = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{name}: not JSON ({error}); expected a tokenizer.json") from error
     if description == _BYTES_FILE:
         return _bytes()
     try:
         backend = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
     except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{name}: not a tokenizer.json that the tokenizers library reads ({error})") from error
+        reason = " ".join(str(error).split())[:200]  # it may quote the file
+        raise DataError(f"{name}: not a tokenizer.json that the tokenizers library reads ({reason})") from error
     return _wrap(backend, name)
 
 

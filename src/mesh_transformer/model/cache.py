@@ -55,7 +55,8 @@ class KVCache:
 
 def empty_cache(cfg: ModelConfig, batch: int, n_slots: int, n_positions: int, dtype: Any) -> KVCache:
     """A cache that holds nothing, for texts of up to `n_positions` tokens of which the newest `n_slots` are kept."""
-    shape = (cfg.n_layers, batch, n_slots, cfg.n_kv_heads, cfg.d_head)
+    sizes = cfg.axis_sizes
+    shape = (cfg.n_layers, batch, n_slots, sizes["kv_heads"], sizes["head_dim"])
     sin, cos = rotary_tables(n_positions, cfg.d_rotary) if cfg.d_rotary else (jnp.zeros((0, 0)), jnp.zeros((0, 0)))
     return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), sin=jnp.asarray(sin), cos=jnp.asarray(cos))
 

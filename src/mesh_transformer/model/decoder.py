@@ -1,6 +1,6 @@
 """The decoder, top to bottom: embed, the stack of blocks, head. One `block` for training, prefill and decoding.
 
-Arithmetic: docs/formats.md, section 3. Parameters: `model.params.param_table`.
+Arithmetic: docs/formats.md, section 3, and 8.3 for v2. Parameters: `model.params.param_table`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def hidden(
     first = jnp.zeros((1,), jnp.int32) if start is None else start
     positions = first[:, None] + jnp.arange(seq, dtype=jnp.int32)[None, :]
     embed = gather(params["embed"], param_table(cfg)["embed"], rules)
-    x = layers.embed_tokens(embed["tokens"], tokens, rules) + embed["bias"].astype(jnp.float32)
+    x = layers.embed_tokens(embed["tokens"], tokens, policy, rules) + embed["bias"].astype(jnp.float32)
     if cfg.position == "fixed":
         x = x + embed["positions"].at[positions].get(mode="clip").astype(jnp.float32)
     where = locate(params, positions, cache, cfg)
@@ -103,13 +103,17 @@ def run_blocks(
     def one_layer(carry: tuple[Array, KVCache | None], inputs: tuple[Params, Array]) -> tuple[Any, None]:
         x, cache = carry
         p, layer = inputs
+        if policy.widen_by_layer:  # the barrier keeps XLA from taking this out of the loop, for all layers at once
+            x, held = jax.lax.optimization_barrier((x, stacked))
+            p = jax.tree.map(lambda w: layers.from_bits(layers.to_bits(w)[layer], w.dtype), held)
         return block(x, gather(p, specs, rules), where, cache, layer, cfg, policy, rules), None
 
     if policy.remat != "none":
         saved = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}[policy.remat]
         one_layer = jax.checkpoint(one_layer, policy=saved)
     numbers = jnp.arange(n_layers, dtype=jnp.int32)
-    carry, _ = jax.lax.scan(one_layer, (x, cache), (stacked, numbers), unroll=n_layers if policy.unroll else 1)
+    xs = ({}, numbers) if policy.widen_by_layer else (stacked, numbers)
+    carry, _ = jax.lax.scan(one_layer, (x, cache), xs, unroll=n_layers if policy.unroll else 1)
     return carry
 
 
@@ -142,15 +146,15 @@ def self_attention(
 ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
     """Attention over these positions, or over all that the cache holds; a partial sum over the axis of `heads`."""
     split = rules.use(("batch", "seq", "heads", None))
-    q = layers.product("bse,ehd->bshd", h, p["q"], policy, split)
-    k = layers.product("bse,ehd->bshd", h, p["k"], policy, split)
-    v = layers.product("bse,ehd->bshd", h, p["v"], policy, split)
+    q, k, v = (layers.product("bse,ehd->bshd", h, p[name], policy, split) for name in ("q", "k", "v"))
+    if "b_q" in p:
+        q, k, v = (x + p[name].astype(jnp.float32) for x, name in ((q, "b_q"), (k, "b_k"), (v, "b_v")))
     if where.sin is not None and where.cos is not None:
         q, k = layers.rotate(q, where.sin, where.cos), layers.rotate(k, where.sin, where.cos)
     if cache is not None:
         cache = cache.write(layer, where.positions, k, v)
         k, v = cache.k[layer], cache.v[layer]
-    mixed = layers.attention(q, k, v, where.bias, policy)
+    mixed = layers.attention(q, k, v, where.bias, cfg, policy)
     out = rules.partial(("batch", "seq", "embed"), over="heads")
     return layers.product("bshd,hde->bse", mixed, p["o"], policy, out), cache
 

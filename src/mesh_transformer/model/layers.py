@@ -1,12 +1,14 @@
-"""The parts of a block: products, norms, positions, attention, feed-forward. Sources: docs/formats.md, section 3.
+"""The parts of a block: products, norms, positions, attention, feed-forward.
 
-Names in array annotations are the logical axes; `keys` are the positions attended to, `half_rotary` pairs of channels.
+Sources: docs/formats.md, section 3, and 8.3 for v2. Names in array annotations are the logical axes (in v2 `heads` are
+the n_shards that attention has in effect); `keys` are the positions attended to, `half_rotary` pairs of channels.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +72,16 @@ def _laid_as(a: Array, out_sharding: PartitionSpec | None) -> PartitionSpec | No
 _rounded_product.defvjp(_rounded_product_forward, _rounded_product_backward)
 
 
+def to_bits(w: Array) -> Array:
+    """A 16-bit weight as integers: XLA on CPU widens whatever is done to such floats, and leaves integers alone."""
+    return jax.lax.bitcast_convert_type(w, jnp.uint16) if w.dtype.itemsize == 2 else w
+
+
+def from_bits(w: Array, dtype: Any) -> Array:
+    """The inverse of `to_bits`. Not differentiable."""
+    return jax.lax.bitcast_convert_type(w, dtype) if w.dtype == jnp.uint16 else w
+
+
 def norm(x: Float[Array, "batch seq embed"], p: Params, cfg: ModelConfig) -> Float[Array, "batch seq embed"]:
     """The configured norm over `embed`, in float32.
 
@@ -129,16 +141,20 @@ def attention(
     k: Float[Array, "batch keys heads head_dim"],
     v: Float[Array, "batch keys heads head_dim"],
     bias: Float[Array, "#batch #heads seq keys"],
+    cfg: ModelConfig,
     policy: ComputePolicy,
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """softmax(q k / sqrt(head_dim) + bias) v; scores and weights in float32."""
+    """softmax(q k / sqrt(cfg.d_head) + bias) v; scores and weights in float32.
+
+    The root is that of the configured width, which in v2 is not the width of these heads.
+    """
     dtype = policy.jax_dtype
     dot = functools.partial(
         jnp.einsum,
         preferred_element_type=jnp.float32,
         precision="highest" if policy.dtype == "float32" else None,
     )
-    scores = dot("bqhd,bkhd->bhqk", q.astype(dtype), k.astype(dtype)) / math.sqrt(q.shape[-1])
+    scores = dot("bqhd,bkhd->bhqk", q.astype(dtype), k.astype(dtype)) / math.sqrt(cfg.d_head)
     weights = jax.nn.softmax(scores + bias, axis=-1)
     return dot("bhqk,bkhd->bqhd", weights.astype(dtype), v.astype(dtype))
 
@@ -146,19 +162,28 @@ def attention(
 def feed_forward(
     h: Float[Array, "batch seq embed"], p: Params, policy: ComputePolicy, rules: Rules
 ) -> Float[Array, "batch seq embed"]:
-    """gelu(h w_in + b_in) w_out, gelu in its tanh form: a partial sum over the axis of `mlp`, without b_out."""
-    wide = product("bse,em->bsm", h, p["w_in"], policy, rules.use(("batch", "seq", "mlp")))
-    wide = jax.nn.gelu(wide + p["b_in"].astype(jnp.float32), approximate=True)
+    """act(h) w_out, a partial sum over the axis of `mlp`, without b_out; gelu in its tanh form.
+
+    act(h) is gelu(h w_in + b_in), or with a gate (h w_in + b_in) * gelu(h w_gate + b_gate).
+    """
+    split = rules.use(("batch", "seq", "mlp"))
+    wide = product("bse,em->bsm", h, p["w_in"], policy, split) + p["b_in"].astype(jnp.float32)
+    if "w_gate" in p:
+        gate = product("bse,em->bsm", h, p["w_gate"], policy, split) + p["b_gate"].astype(jnp.float32)
+        wide = wide * jax.nn.gelu(gate, approximate=True)
+    else:
+        wide = jax.nn.gelu(wide, approximate=True)
     return product("bsm,me->bse", wide, p["w_out"], policy, rules.partial(("batch", "seq", "embed"), over="mlp"))
 
 
 def embed_tokens(
-    table: Float[Array, "vocab embed"], tokens: Int[Array, "batch seq"], rules: Rules
+    table: Float[Array, "vocab embed"], tokens: Int[Array, "batch seq"], policy: ComputePolicy, rules: Rules
 ) -> Float[Array, "batch seq embed"]:
     """Rows of the table in float32; an id outside the vocabulary gives zeros, as a one-hot product would."""
     in_vocabulary = (tokens >= 0) & (tokens < table.shape[0])
     safe = jnp.where(in_vocabulary, tokens, 0)
-    rows = table.at[safe].get(out_sharding=rules.use(("batch", "seq", "embed")))
+    held = to_bits(table) if policy.widen_by_layer else table
+    rows = from_bits(held.at[safe].get(out_sharding=rules.use(("batch", "seq", "embed"))), table.dtype)
     return jnp.where(in_vocabulary[..., None], rows.astype(jnp.float32), 0.0)
 
 

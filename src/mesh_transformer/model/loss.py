@@ -6,6 +6,7 @@ Formulas: docs/formats.md, section 4. All in float32, in nats.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Literal
 
@@ -51,15 +52,27 @@ class LossReport:
     correct: Array
 
 
-def score_logits(logits: Float[Array, "batch seq vocab"], targets: Int[Array, "batch seq"]) -> TokenScores:
-    """The scores of targets under given logits; the maximum carries no gradient."""
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+def score_logits(
+    logits: Float[Array, "batch seq vocab"], targets: Int[Array, "batch seq"], *, moving_maximum: bool = False
+) -> TokenScores:
+    """The scores of targets under given logits.
+
+    The maximum carries no gradient, except through `log_sum` where `moving_maximum`, as in the original's v2.
+    """
+    highest = jnp.max(logits, axis=-1)
+    top = jax.lax.stop_gradient(highest)
     shifted = logits - top[..., None]
     log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
     # A masked sum, not a gather: it needs no communication where the vocabulary is split, and no scatter backward.
     is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
     at_target = jnp.sum(jnp.where(is_target, shifted, 0.0), axis=-1)
-    return TokenScores(loss=log_sum - at_target, log_sum=log_sum, log_partition=log_sum + top, correct=at_target == 0)
+    return TokenScores(
+        loss=log_sum - at_target,
+        # Zero is added, with the gradient of the subtracted maximum; the loss itself does not depend on it.
+        log_sum=log_sum + (top - highest) if moving_maximum else log_sum,
+        log_partition=log_sum + top,
+        correct=at_target == 0,
+    )
 
 
 def score_tokens(
@@ -72,11 +85,12 @@ def score_tokens(
 ) -> TokenScores:
     """The scores of `targets` after `tokens`; logits exist for `policy.loss_chunk` positions at a time."""
     x, _ = hidden(params, tokens, cfg, policy, rules)
+    score = functools.partial(score_logits, moving_maximum=cfg.architecture == "v2")
     batch, seq, _ = x.shape
     width = max(1, min(seq, policy.loss_chunk // batch))
     n_chunks = math.ceil(seq / width)
     if n_chunks == 1:
-        return score_logits(unembed(params, x, cfg, policy, rules), targets)
+        return score(unembed(params, x, cfg, policy, rules), targets)
 
     def chunks(a: Array) -> Array:
         padded = jnp.pad(a, [(0, 0), (0, n_chunks * width - seq)] + [(0, 0)] * (a.ndim - 2))
@@ -85,7 +99,7 @@ def score_tokens(
     # The checkpoint makes the backward pass compute a chunk's logits again instead of keeping all of them.
     @jax.checkpoint
     def one_chunk(_: None, chunk: tuple[Array, Array]) -> tuple[None, TokenScores]:
-        return None, score_logits(unembed(params, chunk[0], cfg, policy, rules), chunk[1])
+        return None, score(unembed(params, chunk[0], cfg, policy, rules), chunk[1])
 
     _, scores = jax.lax.scan(one_chunk, None, (chunks(x), chunks(targets)), unroll=n_chunks if policy.unroll else 1)
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(batch, n_chunks * width)[:, :seq], scores)

@@ -23,9 +23,9 @@ from mesh_transformer.shapes import Array, Params
 class ParamSpec:
     """One parameter: its shape is `cfg.axis_sizes[axis]` for each of `axes`.
 
-    `std` is the width of the truncated normal that it starts from; None means a constant, `fill`. Constants (biases
-    and norm parameters) are exempt from weight decay. `inputs` names the axes that a product contracts, in order: it
-    tells a matrix from a vector and which way round foreign formats store it.
+    `std` is the width of the truncated normal that it starts from; None means a constant, `fill`: biases and norm
+    parameters. `inputs` names the axes that a product contracts, in order: it tells a matrix from a vector and which
+    way round foreign formats store it.
     """
 
     axes: tuple[str, ...]
@@ -41,7 +41,8 @@ def param_table(cfg: ModelConfig) -> Table:
     """Every parameter of the architecture, as a nested dict of `ParamSpec`.
 
     Standard deviations follow the original: embedding 1/sqrt(n_vocab), input projections and head 1/sqrt(d_model),
-    both output projections (2 / n_layers) / sqrt(d_model), position tables 0.02 (docs/formats.md, section 6).
+    both output projections (2 / n_layers) / sqrt(d_model), position tables 0.02 (docs/formats.md, section 6). v2 adds
+    biases to q, k and v, and the gate of its feed-forward, of which `w_in` is the linear half.
     """
     per_input = 1 / math.sqrt(cfg.d_model)
     per_output = 2 / cfg.n_layers / math.sqrt(cfg.d_model)
@@ -73,6 +74,13 @@ def param_table(cfg: ModelConfig) -> Table:
             "b": ParamSpec(("vocab",)),
         },
     }
+    if cfg.architecture == "v2":
+        heads_bias = ParamSpec(("layers", "heads", "head_dim"))
+        kv_heads_bias = ParamSpec(("layers", "kv_heads", "head_dim"))
+        table["layers"]["attn"] |= {"b_q": heads_bias, "b_k": kv_heads_bias, "b_v": kv_heads_bias}
+    if cfg.feed_forward == "glu_gelu_tanh":
+        mlp = table["layers"]["mlp"]
+        mlp |= {"w_gate": mlp["w_in"], "b_gate": mlp["b_in"]}
     if cfg.position == "fixed":
         table["embed"]["positions"] = ParamSpec(("ctx", "embed"), std=0.02, inputs=("ctx",))
     if cfg.position == "t5":
@@ -124,8 +132,12 @@ def abstract_params(cfg: ModelConfig, dtype: Any = jnp.float32) -> Params:
 
 
 def decay_mask(cfg: ModelConfig) -> Any:
-    """True where weight decay acts: everything that starts random (matrices and tables), no bias, no norm."""
-    return map_table(lambda s: s.std is not None, cfg)
+    """True where weight decay acts: on matrices and tables, and on no bias or norm.
+
+    In v2 all that is stacked over layers decays too: the original told matrices by having two axes, as its stacked
+    biases and norms did (docs/formats.md, section 5.1).
+    """
+    return map_table(lambda s: s.std is not None or (cfg.architecture == "v2" and "layers" in s.axes), cfg)
 
 
 def count_params(cfg: ModelConfig) -> int:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from mesh_transformer.shapes import Params
+
 Remat = Literal["none", "dots", "full"]
 
 
@@ -21,12 +23,16 @@ class ComputePolicy:
         remat: what the backward pass computes again instead of keeping: nothing, all but matrix products, everything.
         unroll: layers written out in the program instead of looped over. CPU: all (a loop copies each layer's slice
             of the stacked weights); accelerators: one, for short compile times.
+        widen_by_layer: 16-bit weights are widened one layer at a time, and not at all where only rows are looked up.
+            For inference on CPU, where XLA would otherwise make float32 copies of all of them at once. Such a
+            program has no gradient.
         loss_chunk: positions whose logits exist at one time in the loss.
     """
 
     dtype: str = "float32"
     remat: Remat = "none"
     unroll: bool = False
+    widen_by_layer: bool = False
     loss_chunk: int = 1024
 
     @property
@@ -39,3 +45,12 @@ def default_policy(dtype: str | None = None, remat: Remat = "none") -> ComputePo
     """The policy for the platform that JAX runs on: float32 on CPU, bfloat16 on accelerators, unless told."""
     on_cpu = jax.default_backend() == "cpu"
     return ComputePolicy(dtype=dtype or ("float32" if on_cpu else "bfloat16"), remat=remat, unroll=on_cpu)
+
+
+def for_inference(policy: ComputePolicy, params: Params) -> ComputePolicy:
+    """The policy for programs without gradients: on CPU, 16-bit weights are widened one layer at a time."""
+    narrow = any(leaf.dtype.itemsize == 2 for leaf in jax.tree.leaves(params))
+    if not narrow or jax.default_backend() != "cpu":
+        return policy
+    # A loop: in a program of all layers written out XLA widens them in any order, and so all at once.
+    return dataclasses.replace(policy, widen_by_layer=True, unroll=False)

@@ -92,10 +92,14 @@ class StopRequest:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How the loop ended: the state, the sequences consumed, and the signal that stopped it early, if one did."""
+    """How the loop ended: the state, the sequences consumed, and the signal that stopped it early, if one did.
+
+    saved: step of the newest checkpoint, 0 if there is none.
+    """
 
     state: TrainState
     position: int
+    saved: int
     stopped_by: int | None
 
 
@@ -105,6 +109,7 @@ def train_loop(
     position: int,
     programs: Programs,
     *,
+    saved: int,
     batches: Iterator[np.ndarray],
     validation_sets: Mapping[str, Callable[[], Iterator[np.ndarray]]],
     save: Callable[[TrainState, int], None],
@@ -115,13 +120,14 @@ def train_loop(
 
     Args:
         position: sequences consumed so far; `batches` continues from there, int32 [batch_size, T + 1].
+        saved: step of the newest checkpoint, 0 if there is none.
         save: called with the state and the position after steps that are to be kept.
 
     Raises:
         RunError: the loss of a step, in training or validation, is not finite; nothing of that step is saved.
     """
     meter = _Meter(run)
-    step = saved = int(state.step)
+    step = int(state.step)
     # Looked at once a step: a signal that comes after the look has its step saved by the next round.
     stopped_by = stop.signal
     while step < run.train.steps and stopped_by is None:
@@ -150,7 +156,7 @@ def train_loop(
             save(state, position)
             saved = step
         meter.resume()
-    return Outcome(state, position, stopped_by)
+    return Outcome(state, position, saved, stopped_by)
 
 
 def validate(

@@ -12,7 +12,7 @@ import optax
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.config.run import TrainConfig
 from mesh_transformer.model.params import decay_mask
-from mesh_transformer.shapes import Array
+from mesh_transformer.shapes import Array, Params
 
 
 def learning_rate_schedule(train: TrainConfig) -> Callable[[Any], Array]:
@@ -47,6 +47,19 @@ def make_optimizer(train: TrainConfig, cfg: ModelConfig) -> optax.GradientTransf
         optax.scale(-1),
         optax.scale_by_schedule(learning_rate_schedule(train)),
     )
+
+
+def with_optimizer_state(opt_state: Any, mu: Params, nu: Params, adam_count: Any, schedule_count: Any) -> Any:
+    """A state of `make_optimizer`'s chain, or its shapes, with these moments and counts in their places."""
+
+    def changed(part: Any) -> Any:
+        if isinstance(part, optax.ScaleByAdamState):
+            return part._replace(count=adam_count, mu=mu, nu=nu)
+        if isinstance(part, optax.ScaleByScheduleState):
+            return part._replace(count=schedule_count)
+        return part
+
+    return tuple(changed(part) for part in opt_state)
 
 
 def keep_state_in(dtype: Any, inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -8,7 +8,7 @@ import functools
 import json
 import shutil
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from mesh_transformer.checkpoint.native import CheckpointStore
-from mesh_transformer.checkpoint.opening import check_model
+from mesh_transformer.checkpoint.opening import check_model, complete_steps
 from mesh_transformer.checkpoint.run_directory import RunDirectory
 from mesh_transformer.config.errors import CheckpointError, ConfigError
 from mesh_transformer.config.load import to_toml
@@ -28,6 +28,7 @@ from mesh_transformer.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from mesh_transformer.data.tokenizer import Tokenizer
 from mesh_transformer.files import write_atomically
 from mesh_transformer.model.policy import default_policy
+from mesh_transformer.train.init_from import InitFrom, first_state, left_aside, open_model, origin
 from mesh_transformer.train.loop import Observer, StopRequest, compile_programs, micro_batch_size, train_loop
 from mesh_transformer.train.metrics import MetricsFile, StepMetrics, ValidationMetrics, read_metrics
 from mesh_transformer.train.plot import plot_loss
@@ -53,59 +54,96 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a run ended: steps finished, and the signal that stopped it early, if one did."""
+    """How a run ended: step of its newest checkpoint (0: none), and the signal that stopped it early, if one did."""
 
     step: int
     stopped_by: int | None
 
 
-def train(run: RunConfig, observer: Observer, *, new: bool = False) -> Result:
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """What the loop begins with; position: sequences consumed so far.
+
+    checkpoint: the step that was restored; None where the run begins. origin: the model that the run began from, as
+    `init_from.origin` describes it.
+    """
+
+    state: TrainState
+    position: int = 0
+    checkpoint: int | None = None
+    origin: Mapping[str, Any] | None = None
+
+
+def train(run: RunConfig, observer: Observer, *, new: bool = False, init_from: InitFrom | None = None) -> Result:
     """Trains to `run.train.steps`, going on from the newest intact checkpoint of the run directory.
 
     Args:
         new: begin again; whatever an earlier run left in the directory is deleted first.
+        init_from: what to begin from in place of random parameters; of no effect while the run has a checkpoint.
 
     Raises:
-        UserError: data, run directory or checkpoint cannot be used; raised before anything is written.
+        UserError: data, run directory, checkpoint or model cannot be used; raised before anything is written.
         RunError: a loss that is not finite; the newest checkpoint is intact.
     """
     data = open_data(run)
     directory = RunDirectory(run.run_directory)
+    begins = new or not complete_steps(directory.checkpoints)
+    # Before the lock, which makes the directory: a model that cannot be used leaves nothing behind.
+    source = open_model(run, init_from, observer.note, new=new) if init_from and begins else None
     with directory.lock(), StopRequest() as stop, contextlib.ExitStack() as stack:
+        begun = None
+        if init_from and source and (new or not complete_steps(directory.checkpoints)):
+            # Read before the earlier run is deleted: the model's files may prove damaged.
+            begun = _Start(first_state(run, init_from, source, observer.note), origin=origin(source))
+        del source  # its files are not needed again
         if new:
             _clear(directory)
         store = stack.enter_context(
             CheckpointStore(directory.checkpoints, keep_last=run.train.keep_last, keep_every=run.train.keep_every)
         )
-        state, position = _restore(run, data, store, observer)
-        start = int(state.step)
-        _record_configuration(run, directory, start)
-        directory.cut_metrics(start)
-        if start >= run.train.steps:
-            observer.note(f"{directory.path}: complete at step {start}; to go on, raise train.steps above it")
+        start = begun or _restore(run, data, store, observer, init_from)
+        saved = start.checkpoint or 0
+        _record_configuration(run, directory, saved)
+        directory.cut_metrics(saved)
+        if saved >= run.train.steps:
+            observer.note(f"{directory.path}: complete at step {saved}; to go on, raise train.steps above it")
             if not directory.loss_plot.exists():  # a kill came between the last checkpoint and the picture
                 plot_loss(read_metrics(directory.metrics), directory.loss_plot, run.name)
-            return Result(start, None)
+            return Result(saved, None)
+        return _train_from(start, run, data, directory, store, observer, stop)
+
+
+def _train_from(
+    start: _Start,
+    run: RunConfig,
+    data: Data,
+    directory: RunDirectory,
+    store: CheckpointStore,
+    observer: Observer,
+    stop: StopRequest,
+) -> Result:
+    with contextlib.ExitStack() as stack:
         observer.note("compiling")
-        programs = compile_programs(run, state, default_policy(run.train.compute_dtype, run.train.remat))
+        programs = compile_programs(run, start.state, default_policy(run.train.compute_dtype, run.train.remat))
         loader = TrainLoader(data.train, seed=run.seed, batch_size=run.train.batch_size)
-        batches = stack.enter_context(contextlib.closing(loader.batches(position)))
+        batches = stack.enter_context(contextlib.closing(loader.batches(start.position)))
         metrics = stack.enter_context(contextlib.closing(MetricsFile(directory.metrics)))
         stack.enter_context(_error_of_the_save(store))
         outcome = train_loop(
             run,
-            state,
-            position,
+            start.state,
+            start.position,
             programs,
+            saved=start.checkpoint or 0,
             batches=batches,
             validation_sets=_validation_sets(run, data),
-            save=functools.partial(_save, run, data, store, metrics),
+            save=functools.partial(_save, run, data, store, metrics, start.origin),
             observer=_Recorder(observer, metrics),
             stop=stop,
         )
         store.wait()
         plot_loss(read_metrics(directory.metrics), directory.loss_plot, run.name)
-        return Result(int(outcome.state.step), outcome.stopped_by)
+        return Result(outcome.saved, outcome.stopped_by)
 
 
 def open_data(run: RunConfig) -> Data:
@@ -133,8 +171,10 @@ def _validation_sets(run: RunConfig, data: Data) -> dict[str, Callable[[], Itera
     return {name: functools.partial(one_pass, source) for name, source in data.validation.items()}
 
 
-def _restore(run: RunConfig, data: Data, store: CheckpointStore, observer: Observer) -> tuple[TrainState, int]:
-    """The state to go on from and the sequences consumed until then; a fresh one where there is no checkpoint."""
+def _restore(
+    run: RunConfig, data: Data, store: CheckpointStore, observer: Observer, init_from: InitFrom | None
+) -> _Start:
+    """What to go on from; where there is no checkpoint, random parameters."""
     newest = store.newest_intact(observer.note)
     if newest is None:
         damaged = store.steps()
@@ -143,10 +183,12 @@ def _restore(run: RunConfig, data: Data, store: CheckpointStore, observer: Obser
                 f"{store.directory}: none of the checkpoints {', '.join(map(str, damaged))} is intact\n"
                 "restore one from a copy, or begin again with --new"
             )
+        if init_from is not None:
+            raise CheckpointError(f"{store.directory}: its checkpoints went away just now; repeat the command")
         # Placed as a restored state is, so that both are trained by one and the same compiled program.
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         begin = jax.jit(functools.partial(initial_state, run.model, run.train, run.seed), out_shardings=device)
-        return begin(), 0
+        return _Start(begin())
     metadata = store.read_metadata(newest)
     try:
         check_model(metadata, run.model, store.path(newest))
@@ -164,8 +206,9 @@ def _restore(run: RunConfig, data: Data, store: CheckpointStore, observer: Obser
                 f"{store.path(newest)}: was trained with another {name}: {before}, now {now}\n{_CHANGED}"
             )
     state = store.restore(newest, abstract_state(run), model=run.model)
-    observer.note(f"going on from checkpoint {newest} in {store.directory}")
-    return state, int(metadata["position"])
+    aside = f"; {left_aside(init_from, metadata.get('init_from'))}" if init_from is not None else ""
+    observer.note(f"going on from checkpoint {newest} in {store.directory}{aside}")
+    return _Start(state, int(metadata["position"]), newest, metadata.get("init_from"))
 
 
 @contextlib.contextmanager
@@ -179,7 +222,13 @@ def _error_of_the_save(store: CheckpointStore) -> Iterator[None]:
 
 
 def _save(
-    run: RunConfig, data: Data, store: CheckpointStore, metrics: MetricsFile, state: TrainState, position: int
+    run: RunConfig,
+    data: Data,
+    store: CheckpointStore,
+    metrics: MetricsFile,
+    began_from: Mapping[str, Any] | None,
+    state: TrainState,
+    position: int,
 ) -> None:
     metrics.sync()  # the lines up to this step are part of what a resume finds
     store.save(
@@ -191,6 +240,7 @@ def _save(
             "seed": run.seed,
             "data": data.record,
             "name": run.name,
+            **({"init_from": began_from} if began_from is not None else {}),
         },
         files={TOKENIZER_FILE: data.tokenizer.to_bytes()} if data.tokenizer else {},
     )

@@ -32,14 +32,18 @@ class TrainState:
 
 def initial_state(model: ModelConfig, train: TrainConfig, seed: int) -> TrainState:
     """Step 0: random parameters from the seed, moments zero. Call it under jit: nothing is then held twice."""
-    key = jax.random.key(seed)
-    params = init_params(model, key, jnp.dtype(train.param_dtype))
+    params = init_params(model, jax.random.key(seed), jnp.dtype(train.param_dtype))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=make_optimizer(train, model).init(params),
-        key=jax.random.key_data(key),
+        key=random_key(seed),
     )
+
+
+def random_key(seed: int) -> Array:
+    """uint32 key data of the random numbers of a run with this seed, before its first step."""
+    return jax.random.key_data(jax.random.key(seed))
 
 
 def abstract_state(run: RunConfig) -> TrainState:

@@ -1,0 +1,55 @@
+"""`mesh-transformer convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from mesh_transformer.cli.session import MODEL_HELP
+
+
+def convert(
+    source: str = typer.Argument(help=MODEL_HELP),
+    target: Path = typer.Argument(help="Directory to write; of legacy formats, one named step_N holds the shards."),
+    to: str = typer.Option(..., "--to", help="native, huggingface, legacy (the original's shards) or legacy-v2."),
+    dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16; default: as stored."),
+    shards: int = typer.Option(0, min=0, help="Of --to legacy; default: as the source, else at most 8."),
+    with_optimizer: bool = typer.Option(False, "--with-optimizer", help="Adam's moments and the counts come along."),
+    slim: bool = typer.Option(False, "--slim", help="As the original slims: no optimizer, float32 becomes bfloat16."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace TARGET, if it is a model."),
+    step: int | None = typer.Option(None, help="Which checkpoint of several; default: the newest."),
+    config: str | None = typer.Option(None, metavar="FILE", help="Of an original checkpoint that has none beside it."),
+    tokenizer: str | None = typer.Option(None, help="gpt2, bytes or a tokenizer.json; default: the model's own."),
+) -> None:
+    """Any model into any format, in bounded memory, with a certificate (conversion.json)."""
+    from mesh_transformer.cli.session import start_session
+
+    start_session()
+    from mesh_transformer import api
+    from mesh_transformer.checkpoint.convert import convert as run
+    from mesh_transformer.checkpoint.models import open_weights
+    from mesh_transformer.cli.console import StageDisplay, note
+    from mesh_transformer.config.dtypes import dtype_name
+    from mesh_transformer.config.errors import UserError
+
+    if slim and with_optimizer:
+        raise UserError("--slim leaves the optimizer out and --with-optimizer keeps it; give one of them")
+    dtype = dtype_name(dtype, key="--dtype") if dtype is not None else None
+    weights = open_weights(source, step=step, config=config, report=note)
+    if slim and dtype is None and weights.main_dtype.name == "float32":
+        dtype = "bfloat16"
+    chosen = api.tokenizer_of(weights, tokenizer)
+    conversion = api.conversion(to, chosen, dtype=dtype, shards=shards, with_optimizer=with_optimizer)
+    with StageDisplay(in_bytes=True) as display:
+        facts = run(weights, target, conversion, overwrite=overwrite, progress=display.progress)
+    note(f"{target}: {facts['parameters']:,} parameters, {facts['target']['format']}")
+    if facts["changed"]:
+        largest = max(facts["changed"], key=lambda entry: entry["largest_error"])
+        note(
+            f"{len(facts['changed'])} of {len(facts['tensors'])} tensors were rounded; the largest error is "
+            f"{largest['largest_error']:.3g}, in {largest['name']}"
+        )
+    else:
+        note("no value was changed")
+    typer.echo(facts["target"]["digest"])

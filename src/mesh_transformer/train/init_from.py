@@ -1,0 +1,228 @@
+"""The first state of a run from another model: to fine-tune it, or to go on with its interrupted run."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mesh_transformer.checkpoint.models import open_weights
+from mesh_transformer.checkpoint.run_directory import RunDirectory
+from mesh_transformer.checkpoint.weights import MOMENTS, Weights, assemble, stored_bytes
+from mesh_transformer.config.errors import CheckpointError, ConfigError
+from mesh_transformer.config.model import differing_fields
+from mesh_transformer.config.run import RunConfig
+from mesh_transformer.shapes import Params
+from mesh_transformer.train.optimizer import with_optimizer_state
+from mesh_transformer.train.state import TrainState, abstract_state, random_key
+
+_MAX_COUNT = 2**31 - 1  # counters are int32
+_SECONDS_BETWEEN_NOTES = 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InitFrom:
+    """What a run begins from in place of random parameters.
+
+    model, step, config: as `checkpoint.models.open_weights` has them. fresh_optimizer: parameters alone are taken.
+    keep_schedule: step and schedule go on from where the model's own run stopped; else both begin at 0, as the
+    original's fine-tuning did (docs/formats.md, section 13.2).
+
+    Raises:
+        ConfigError: both were asked for.
+    """
+
+    model: str
+    step: int | None = None
+    config: str | None = None
+    fresh_optimizer: bool = False
+    keep_schedule: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigError("--init-from names no model; expected the path of one, for example --init-from runs/base")
+        if self.fresh_optimizer and self.keep_schedule:
+            raise ConfigError(
+                "--fresh-optimizer and --keep-schedule contradict each other: the first forgets the optimizer's "
+                "counts, the second goes on with them\n"
+                "give --keep-schedule to go on with an interrupted run, --fresh-optimizer to train the parameters anew"
+            )
+
+
+def open_model(run: RunConfig, init_from: InitFrom, note: Callable[[str], None], *, new: bool = False) -> Weights:
+    """The model, opened and found to suit the run; its values are not read yet.
+
+    Args:
+        note: told what was assumed in opening it.
+        new: an earlier run in the run directory is going to be deleted.
+
+    Raises:
+        CheckpointError: it cannot be opened, is of another architecture, lacks what is asked for, or would be deleted.
+        ConfigError: `train.steps` is not above the step to go on from.
+    """
+    weights = open_weights(init_from.model, step=init_from.step, config=init_from.config, report=note)
+    _check_architecture(run, weights)
+    _check_counts(weights)
+    if init_from.keep_schedule:
+        _check_can_go_on(run, weights)
+    if new and weights.where.resolve().is_relative_to(RunDirectory(run.run_directory).checkpoints.resolve()):
+        raise CheckpointError(
+            f"{weights.where}: this model belongs to the earlier run, which --new deletes\n"
+            "give this run another name, or copy the model to another place"
+        )
+    return weights
+
+
+def first_state(run: RunConfig, init_from: InitFrom, weights: Weights, note: Callable[[str], None]) -> TrainState:
+    """The state that the run begins with, on the first local device, in memory that a training step may overwrite.
+
+    Parameters are in `train.param_dtype`, moments in `train.moment_dtype`; what the model does not hold is zero.
+
+    Args:
+        weights: from `open_model`.
+        note: told what is taken over, and how far reading has come.
+
+    Raises:
+        CheckpointError: a file of the model is damaged.
+    """
+    moments = bool(weights.counters) and not init_from.fresh_optimizer
+    for line in _what_is_taken(init_from, weights):
+        note(line)
+    progress = _progress(weights, moments, note)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def read(kind: Any, dtype: str) -> Params:
+        return _move(assemble(weights, jnp.dtype(dtype), kind, progress), device)
+
+    def count(n: int) -> jax.Array:
+        return jnp.full((), n, jnp.int32, device=device)
+
+    abstract = abstract_state(run)
+    params, opt_state = read("params", run.train.param_dtype), abstract.opt_state
+    if moments and weights.counters:
+        mu, nu = (read(kind, run.train.moment_dtype) for kind in MOMENTS)
+        schedule = weights.counters.schedule if init_from.keep_schedule else 0
+        opt_state = with_optimizer_state(opt_state, mu, nu, count(weights.counters.adam), count(schedule))
+
+    def zeros_if_abstract(leaf: Any) -> Any:
+        abstract = isinstance(leaf, jax.ShapeDtypeStruct)
+        return jnp.zeros(leaf.shape, leaf.dtype, device=device) if abstract else leaf
+
+    return TrainState(
+        step=count(weights.step or 0 if init_from.keep_schedule else 0),
+        params=params,
+        opt_state=jax.tree.map(zeros_if_abstract, opt_state),
+        key=jax.device_put(random_key(run.seed), device),
+    )
+
+
+def origin(weights: Weights) -> dict[str, Any]:
+    """What checkpoints record of the model that their run began from; JSON values."""
+    return {"path": str(weights.where.absolute()), "format": weights.format, "step": weights.step}
+
+
+def left_aside(init_from: InitFrom, began_from: Mapping[str, Any] | None) -> str:
+    """What to say when a run goes on and `init_from` has no effect; `began_from`: the run's own `origin`."""
+    began = "random parameters"
+    if began_from is not None:
+        step = began_from.get("step")
+        began = str(began_from.get("path")) + ("" if step is None else f", step {step}")
+    return f"--init-from {init_from.model} acts only while a run has no checkpoint, and this one began from {began}"
+
+
+def _check_architecture(run: RunConfig, weights: Weights) -> None:
+    # Only a table of positions has n_ctx in its shape; otherwise it says no more than how far training went.
+    ignored = () if weights.cfg.position == "fixed" else ("n_ctx",)
+    differing = differing_fields(weights.cfg, run.model, ignored)
+    if differing:
+        fields = "; ".join(f"{name} is {there!r} there, {here!r} here" for name, (there, here) in differing.items())
+        raise CheckpointError(
+            f"{weights.where}: this model is of another architecture than [model] of the configuration: {fields}\n"
+            "put the model's values under [model] (or --set model.KEY=VALUE), or give --init-from another model"
+        )
+
+
+def _check_counts(weights: Weights) -> None:
+    counts = {"step": weights.step}
+    if weights.counters:
+        counts |= {"count of Adam": weights.counters.adam, "count of the schedule": weights.counters.schedule}
+    for name, n in counts.items():
+        if n is not None and not 0 <= n <= _MAX_COUNT:
+            raise CheckpointError(
+                f"{weights.where}: damaged, its {name} is {n}; expected 0 to {_MAX_COUNT}\n"
+                "restore it from a copy, or give --init-from another model"
+            )
+
+
+def _check_can_go_on(run: RunConfig, weights: Weights) -> None:
+    if weights.counters is None or weights.step is None:
+        lacks = "optimizer state" if weights.counters is None else "step"
+        raise CheckpointError(
+            f"{weights.where}: holds no {lacks}, so --keep-schedule has nothing to go on with\n"
+            "leave --keep-schedule out: the step and the schedule then begin at 0"
+        )
+    if weights.step >= run.train.steps:
+        raise ConfigError(
+            f"train.steps = {run.train.steps} is not above {weights.step}, the step of {weights.where} from which "
+            "--keep-schedule goes on\nset train.steps above it, or leave --keep-schedule out to begin at step 0"
+        )
+
+
+def _what_is_taken(init_from: InitFrom, weights: Weights) -> list[str]:
+    """Lines for the user."""
+    which = weights.format if weights.step is None else f"{weights.format}, step {weights.step}"
+    beginning = f"beginning from {weights.where} ({which})"
+    if init_from.fresh_optimizer:
+        return [f"{beginning} with its parameters alone: Adam, schedule and step begin at 0"]
+    if weights.counters is None:
+        return [
+            f"{beginning}: schedule and step begin at 0",
+            f"{weights.where} holds no optimizer state: Adam starts afresh",
+        ]
+    adam = f"Adam goes on after {weights.counters.adam} updates"
+    if not init_from.keep_schedule:
+        return [f"{beginning} with its optimizer state: {adam}; schedule and step begin at 0"]
+    return [
+        f"going on from {weights.where} ({which}): {adam}, the schedule after {weights.counters.schedule}",
+        "the data begin at their start: where the interrupted run stood in its own is not taken over",
+    ]
+
+
+def _progress(weights: Weights, moments: bool, note: Callable[[str], None]) -> Callable[[int], None]:
+    """Called with bytes as they are read; says now and then what share of the whole that is."""
+    total = stored_bytes(weights, weights.kinds() if moments else ("params",))
+    done, said = 0, time.monotonic()
+
+    def read(n_bytes: int) -> None:
+        nonlocal done, said
+        done += n_bytes
+        if time.monotonic() - said >= _SECONDS_BETWEEN_NOTES:
+            said = time.monotonic()
+            note(f"reading {weights.where}: {done / total:.0%} of {total / 2**30:.1f} GiB")
+
+    return read
+
+
+def _move(tree: dict[str, Any], device: jax.sharding.Sharding) -> Params:
+    """The tree on the device; `tree` itself is emptied, so that no more than one leaf is ever held twice."""
+    placed: Params = {}
+    for key in list(tree):
+        if isinstance(tree[key], dict):
+            placed[key] = _move(tree.pop(key), device)
+        else:
+            placed[key] = _owned(tree.pop(key), device)
+    return placed
+
+
+def _owned(leaf: np.ndarray, device: jax.sharding.Sharding) -> jax.Array:
+    placed = jax.device_put(leaf, device)
+    # On CPU this is NumPy's own memory still. A step cannot overwrite that in place, though the state is donated to
+    # it: it would make a second copy of the whole state.
+    if jax.default_backend() == "cpu":
+        placed = placed.copy()
+    return placed.block_until_ready()
