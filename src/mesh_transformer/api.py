@@ -21,14 +21,17 @@ from mesh_transformer.compat import give_memory_back
 from mesh_transformer.config.dtypes import dtype_name
 from mesh_transformer.config.errors import UserError
 from mesh_transformer.config.model import ModelConfig
+from mesh_transformer.config.run import MeshConfig, mesh_from_text
 from mesh_transformer.data.choice import check_fits, default_tokenizer
 from mesh_transformer.data.tokenizer import Tokenizer, from_bytes, load_tokenizer
 from mesh_transformer.evaluate.scoring import log_likelihood
 from mesh_transformer.model.decoder import features, forward
+from mesh_transformer.model.params import map_table
 from mesh_transformer.model.policy import ComputePolicy, default_policy, for_inference
 from mesh_transformer.sample.generate import Generator
 from mesh_transformer.sample.options import Completion, Piece, SamplingOptions
 from mesh_transformer.shapes import Params
+from mesh_transformer.sharding.layout import ONE_DEVICE_LAYOUT, Layout, inference_layout
 
 Prompt = str | Sequence[int]
 _log = logging.getLogger(__name__)
@@ -50,6 +53,7 @@ def load(
     tokenizer: str | None = None,
     step: int | None = None,
     config: str | None = None,
+    mesh: MeshConfig | str | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Model:
     """Opens a model: a run directory, a native checkpoint, a Hugging Face GPT-J directory, the original's, or a Hub id.
@@ -61,19 +65,24 @@ def load(
             the vocabulary.
         step: which checkpoint of several; by default the newest intact one.
         config: the configuration of an original checkpoint that has none beside it.
+        mesh: devices to lay the model over, as "data=2,tensor=4": rows of a batch over data, heads, feed-forward and
+            vocabulary over tensor; by default the first device alone.
         progress: called with a stage, the bytes done and those of the whole stage.
 
     Raises:
         CheckpointError: there is no model, or it is damaged; the message names the file.
-        ConfigError: `config` cannot be used.
+        ConfigError: `config` cannot be used, or `mesh` does not divide the model or the devices.
         DataError: the tokenizer cannot be read or has more ids than the model.
     """
     dtype = dtype_name(dtype) if dtype is not None else None
     weights = open_weights(path, step=step, config=config, report=functools.partial(_log.warning, "%s"))
     chosen = tokenizer_of(weights, tokenizer)
     source = Source(weights.where, weights.format, weights.step)
-    params = _on_device(weights, dtype, progress)
-    return Model(weights.cfg, params, chosen, default_policy(dtype), source)
+    layout = ONE_DEVICE_LAYOUT
+    if mesh is not None:
+        layout = inference_layout(mesh_from_text(mesh) if isinstance(mesh, str) else mesh, weights.cfg)
+    params = _on_devices(weights, dtype, layout, progress)
+    return Model(weights.cfg, params, chosen, default_policy(dtype), source, layout)
 
 
 def tokenizer_of(weights: Weights, given: str | None = None) -> Tokenizer | None:
@@ -94,8 +103,8 @@ def tokenizer_of(weights: Weights, given: str | None = None) -> Tokenizer | None
     return chosen
 
 
-def _on_device(weights: Weights, dtype: str | None, progress: Progress) -> Params:
-    """The parameters, piece by piece; on CPU the arrays read into are those computed with."""
+def _on_devices(weights: Weights, dtype: str | None, layout: Layout, progress: Progress) -> Params:
+    """The parameters, piece by piece; on one CPU device the arrays read into are those computed with."""
     done, total = 0, stored_bytes(weights)
 
     def count(n_bytes: int) -> None:
@@ -104,7 +113,8 @@ def _on_device(weights: Weights, dtype: str | None, progress: Progress) -> Param
         progress("loading", done, total)
 
     params = assemble(weights, jnp.dtype(dtype) if dtype else None, progress=count)
-    placed = jax.tree.map(lambda a: jax.device_put(a, may_alias=True), params)
+    where = map_table(lambda s: layout.sharding(layout.rules.param(s.axes)), weights.cfg)
+    placed = jax.tree.map(lambda a, sharding: jax.device_put(a, sharding, may_alias=True), params, where)
     del params
     give_memory_back()  # what reading ahead took
     return placed
@@ -120,13 +130,15 @@ class Model:
         tokenizer: Tokenizer | None,
         policy: ComputePolicy | None = None,
         source: Source | None = None,
+        layout: Layout = ONE_DEVICE_LAYOUT,
     ) -> None:
-        self.config, self.params, self.tokenizer = config, params, tokenizer
+        self.config, self.params, self.tokenizer, self.layout = config, params, tokenizer, layout
         self.policy = for_inference(policy or default_policy(), params)
         self.source = source
-        self._forward = jax.jit(functools.partial(forward, cfg=config, policy=self.policy))
-        self._features = jax.jit(functools.partial(features, cfg=config, policy=self.policy), static_argnames="layer")
-        self._generator = Generator(config, params, self.policy, tokenizer)
+        how: dict[str, Any] = {"cfg": config, "policy": self.policy, "rules": layout.rules}
+        self._forward = jax.jit(functools.partial(forward, **how))
+        self._features = jax.jit(functools.partial(features, **how), static_argnames="layer")
+        self._generator = Generator(config, params, self.policy, tokenizer, layout)
 
     def __repr__(self) -> str:
         c = self.config
@@ -140,8 +152,9 @@ class Model:
         Raises:
             UserError: another shape or dtype, an id outside the vocabulary, or rows longer than the context.
         """
-        rows, length = self._rows(tokens)
-        return np.asarray(self._forward(self.params, rows))[:, :length]
+        rows, wanted = self._rows(tokens)
+        with self.layout.using():
+            return np.asarray(self._forward(self.params, self.layout.place_rows(rows)))[wanted]
 
     def features(self, tokens: Any, layer: int = -1) -> np.ndarray:
         """Hidden states for downstream tasks: int [batch, length] -> float32 [batch, length, d_model].
@@ -155,8 +168,9 @@ class Model:
         n = self.config.n_layers
         if not -n - 1 <= layer <= n:
             raise UserError(f"layer = {layer} is out of range: 0 (the embedding) to {n} (the final norm), or -1 down")
-        rows, length = self._rows(tokens)
-        return np.asarray(self._features(self.params, rows, layer=layer))[:, :length]
+        rows, wanted = self._rows(tokens)
+        with self.layout.using():
+            return np.asarray(self._features(self.params, self.layout.place_rows(rows), layer=layer))[wanted]
 
     def generate(
         self,
@@ -235,7 +249,7 @@ class Model:
         return [p for p, _ in requests], [o for _, o in requests]
 
     def _score(self, context: Sequence[Any], continuation: Sequence[int]) -> tuple[float, bool]:
-        return log_likelihood(self.params, self.config, self.policy, context, continuation)
+        return log_likelihood(self.params, self.config, self.policy, context, continuation, self.layout)
 
     def _tokenizer_or_raise(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -244,8 +258,8 @@ class Model:
             )
         return self.tokenizer
 
-    def _rows(self, tokens: Any) -> tuple[jax.Array, int]:
-        """Checked, and padded to a power of two so that few shapes are compiled."""
+    def _rows(self, tokens: Any) -> tuple[np.ndarray, tuple[slice, slice]]:
+        """Checked, and padded to a power of two so that few shapes are compiled; and where the given ones are."""
         try:
             rows = np.asarray(tokens)
         except ValueError as error:  # NumPy's word for lists of different lengths
@@ -258,9 +272,10 @@ class Model:
         if outside.size:
             raise UserError(f"token id {outside[0]} is outside the model's vocabulary of {self.config.n_vocab} ids")
         width = min(self.config.n_ctx, 1 << (rows.shape[1] - 1).bit_length())
-        padded = np.zeros((rows.shape[0], width), np.int32)
-        padded[:, : rows.shape[1]] = rows
-        return jnp.asarray(padded), rows.shape[1]
+        padded = np.zeros((self.layout.padded_rows(rows.shape[0]), width), np.int32)
+        given = slice(rows.shape[0]), slice(rows.shape[1])
+        padded[given] = rows
+        return padded, given
 
 
 def conversion(

@@ -6,6 +6,10 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import sys
+from typing import Any
+
+from mesh_transformer.config.errors import RunError
 
 # Versions that this project's tests have run with.
 TESTED_JAX = ("0.10.2",)
@@ -72,3 +76,78 @@ def use_compile_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+
+
+def detect_cluster(timeout_s: int) -> tuple[str, int, int, tuple[int, ...] | None] | None:
+    """What JAX itself recognises around this process (Open MPI, SLURM, Cloud TPU); None where it recognises nothing.
+
+    Private to JAX, whose public `jax.distributed.initialize` looks and connects in one step and cannot say what it
+    found when nobody is there to connect to.
+
+    Returns:
+        ("host:port" of process 0, number of processes, index of this one, its local devices or None for all).
+    """
+    from jax._src.clusters import ClusterEnv
+
+    address, count, index, device_ids = ClusterEnv.auto_detect_unset_distributed_params(
+        None, None, None, None, None, timeout_s
+    )
+    if address is None or count is None or index is None:
+        return None
+    return address, count, index, None if device_ids is None else tuple(device_ids)
+
+
+def is_distributed() -> bool:
+    """Whether `jax.distributed` is initialised; does not import JAX to find out."""
+    jax = sys.modules.get("jax")
+    return jax is not None and bool(jax.distributed.is_initialized())
+
+
+class KeyValueStore:
+    """The key-value store of JAX's coordination service, which process 0 serves. Values are text, at most about 4 MB.
+
+    JAX has no public access to it; `jax.distributed` must be initialised.
+
+    Raises:
+        RunError: from every method, when the service cannot be reached.
+    """
+
+    def __init__(self) -> None:
+        from jax._src import distributed
+
+        self._client: Any = distributed.global_state.client
+
+    def set(self, key: str, value: str) -> None:
+        """Puts the value there, in place of an earlier one."""
+        self._call("key_value_set", key, value, True)
+
+    def get(self, key: str, timeout_s: float) -> str | None:
+        """The value, waited for at most so many seconds; None if it did not come."""
+        return self._call("blocking_key_value_get", key, max(1, round(timeout_s * 1000)))
+
+    def try_get(self, key: str) -> str | None:
+        """The value if it is there now."""
+        return self._call("key_value_try_get", key)
+
+    def entries(self, directory: str) -> dict[str, str]:
+        """Every key under "directory/", without that prefix, and its value."""
+        found = self._call("key_value_dir_get", f"{directory}/") or []
+        return {key.removeprefix(f"{directory}/"): value for key, value in found}
+
+    def delete(self, directory: str) -> None:
+        """Removes every key under "directory/"."""
+        self._call("key_value_delete", f"{directory}/")
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        import jax
+
+        try:
+            return getattr(self._client, method)(*arguments)
+        except jax.errors.JaxRuntimeError as error:
+            if str(error).startswith(("DEADLINE_EXCEEDED", "NOT_FOUND")):
+                return None
+            reason = str(error).partition("\n")[0]
+            raise RunError(
+                f"the coordinator, process 0, cannot be reached any more ({reason})\n"
+                "It has ended or its machine is cut off: see what it printed last, then repeat the command."
+            ) from error

@@ -74,7 +74,7 @@ def run_demo(out: Path, *, steps: int | None, seed: int, observer: Observer) -> 
             validation_batches=10_000,
             checkpoint_every=max(1, steps // 5),
         ),
-        mesh=MeshConfig(),
+        mesh=MeshConfig(data=1),
         log=LogConfig(directory=str(out.absolute().parent)),
     )
     result = train(run, observer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 
 import pytest
@@ -12,7 +13,7 @@ from mesh_transformer.config.errors import ConfigError
 from mesh_transformer.config.legacy import from_legacy
 from mesh_transformer.config.load import load_run_config, model_config_from_legacy
 from mesh_transformer.config.presets import preset
-from mesh_transformer.config.run import DataConfig, LogConfig, RunConfig, TrainConfig
+from mesh_transformer.config.run import DataConfig, LogConfig, MeshConfig, RunConfig, TrainConfig
 
 # The two configurations that the original shipped: GPT-J-6B's own, and the example for fine-tuning it.
 ARCHITECTURE = {
@@ -135,10 +136,11 @@ def test_gpt_j_6b(write, name):
             keep_every=10000,
             keep_last=3,
         ),
+        mesh=MeshConfig(tensor=1),
         log=LogConfig(directory=f"{here}/runs"),
     )
     assert notes == [
-        "cores_per_replica = 8: mesh.tensor = 1, as this version trains on one device",
+        "cores_per_replica = 8: mesh.tensor = 1, its largest divisor for 1 device",
         "tpu_size = 256: ignored for devices, it only sets train.batch_size = 16 x 1 x 256 / 8",
         'bucket = "neo-models", model_dir = "mesh_jax_pile_6B_rotary": not used, as log.directory is set beside the '
         "file",
@@ -198,9 +200,11 @@ def test_run_directory_is_asked_for(write):
 def test_batch_size(write, tpu_size, cores, n_devices, batch_size):
     raw = GPT_J | {"cores_per_replica": cores}
     raw.pop("tpu_size") if tpu_size is None else raw.update(tpu_size=tpu_size)
-    config, notes = load_run_config(write(raw), LOCAL, n_devices=n_devices)
+    config, notes = load_run_config(write(raw), LOCAL, n_devices=lambda: n_devices)
     assert config.train.batch_size == batch_size
-    assert config.mesh.tensor == 1
+    assert config.mesh == MeshConfig(tensor=math.gcd(cores, n_devices))
+    fewer = f"cores_per_replica = {cores}: mesh.tensor = {config.mesh.tensor}, its largest divisor for "
+    assert any(note.startswith(fewer) for note in notes) == (config.mesh.tensor != cores)
     assert any("train.batch_size = 16 x 1 x " in note for note in notes)
 
 

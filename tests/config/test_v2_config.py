@@ -112,13 +112,18 @@ def test_the_original_s_v2(write) -> None:
     assert (config.train.batch_size, config.train.z_loss_kind) == (12, "legacy")  # 3 x 2 x 8 / 4
     assert (config.train.param_dtype, config.train.moment_dtype) == ("float32", "float32")
     assert notes == [
-        "cores_per_replica = 4: model.n_shards, the number of v2's attention heads; mesh.tensor = 1, as this version "
-        "trains on one device",
+        "cores_per_replica = 4: model.n_shards, the number of v2's attention heads",
+        "cores_per_replica = 4: mesh.tensor = 1, its largest divisor for 1 device",
         "tpu_size = 8: ignored for devices, it only sets train.batch_size = 3 x 2 x 8 / 4",
         'train.compute_dtype = "bfloat16", as the original trained; --set train.compute_dtype=float32 is more exact',
     ]
     without = {key: value for key, value in JSON.items() if key != "pe_rotary_dims"}
     assert load_run_config(write(without))[0].model == V2  # d_rotary is d_head
+
+
+@pytest.mark.parametrize(("n_devices", "tensor", "fsdp"), [(1, 1, 1), (8, 4, 2), (6, 2, 3)])
+def test_parameters_rest_divided_over_all_devices(n_devices: int, tensor: int, fsdp: int) -> None:
+    assert from_legacy(JSON, n_devices=n_devices)[0]["mesh"] == {"tensor": tensor, "data": 1, "fsdp": fsdp, "zero": 3}
 
 
 def test_norm_and_position_are_not_looked_at() -> None:
@@ -152,11 +157,10 @@ def test_dtypes(key: str, value: bool, field: str, becomes: str | None) -> None:
 
 def test_switches() -> None:
     quiet = notes_on(JSON)
-    for value in ("true", "false"):
-        (note,) = set(notes_on(JSON | {"early_collect": value == "true"})) - set(quiet)
-        assert (
-            note == f"early_collect = {value}: ignored, parameters on one device are not sharded and need no gathering"
-        )
+    for value, gather in ((True, "per_step"), (False, "per_layer")):
+        nested, notes = from_legacy(JSON | {"early_collect": value})
+        assert nested["train"]["gather"] == gather and notes == quiet
+    assert from_legacy(JSON)[0]["train"]["gather"] == "per_step"
     assert notes_on(JSON | {"eval_only": False}) == quiet
     with pytest.raises(ConfigError, match=r"^eval_only = true: the original loaded .*; remove the key to train$"):
         from_legacy(JSON | {"eval_only": True})

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import collections
 import itertools
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -85,16 +87,62 @@ def test_entering_far_away_takes_no_longer(source: RecordSource) -> None:
     assert len(set(taken)) == N - 5  # the rest of one epoch
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 6])
-def test_processes_share_every_batch(source: RecordSource, count: int) -> None:
-    whole = stream(source, 60, position=11)
-    shares = [
-        TrainLoader(source, seed=3, batch_size=6, process_index=i, process_count=count).batches(11)
-        for i in range(count)
-    ]
-    taken = [np.concatenate([next(share) for share in shares])[:, 0] for _ in range(10)]
-    assert np.concatenate(taken).tolist() == whole
-    assert taken[0].size == 6
+@pytest.mark.parametrize(
+    "shares",
+    [[range(6)], [range(3), range(3, 6)], [(0, 3), (1, 4), (2, 5)], [(i,) for i in range(6)], [(0, 1, 2, 5), (3, 4)]],
+)
+def test_processes_share_every_batch(source: RecordSource, shares: list[Sequence[int]]) -> None:
+    whole = np.reshape(stream(source, 60, position=11), (10, 6))
+    for rows in shares:
+        batches = TrainLoader(source, seed=3, batch_size=6, rows=rows).batches(11)
+        taken = np.stack([next(batches)[:, 0] for _ in range(10)])
+        np.testing.assert_array_equal(taken, whole[:, list(rows)])
+        batches.close()
+
+
+def test_processes_may_read_the_same_rows(source: RecordSource) -> None:
+    first, second = (TrainLoader(source, seed=3, batch_size=4, rows=np.array([1, 2])).batches(5) for _ in range(2))
+    for _ in range(3):
+        np.testing.assert_array_equal(next(first), next(second))
+
+
+class Counting(RecordSource):
+    """Notes which records are read once it is open."""
+
+    read: list[int] | None = None
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if self.read is not None:
+            self.read.append(index)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_only_the_rows_asked_for_are_read(source: RecordSource, train: bool) -> None:
+    counting = Counting(source.files, sequence_length=T, n_vocab=100)
+    counting.read = []
+    rows = (1, 4)
+    batches = (
+        TrainLoader(counting, seed=3, batch_size=5, rows=rows).batches(7)
+        if train
+        else validation_batches(counting, 5, rows=rows)
+    )
+    taken = {int(i) for batch in itertools.islice(batches, 4) for i in batch[:, 0]}
+    batches.close()
+    order = stream(source, 400, position=7) if train else [*range(20)]
+    mine = [i for n, i in enumerate(order) if n % 5 in rows]
+    assert taken == set(mine[:8])
+    # A few batches are read ahead: more than were taken, but nothing out of the others' rows.
+    assert 8 <= len(counting.read) <= 8 + 2 * 10
+    assert collections.Counter(counting.read) == collections.Counter(mine[: len(counting.read)])
+
+
+@pytest.mark.parametrize("rows", [(), (1, 0), (0, 0), (-1, 2), (0, 6)])
+def test_rows_that_are_none(source: RecordSource, rows: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"ascending numbers in 0\.\.5"):
+        TrainLoader(source, seed=0, batch_size=6, rows=rows)
+    with pytest.raises(ValueError, match=r"ascending numbers in 0\.\.5"):
+        validation_batches(source, 6, rows=rows)
 
 
 def test_too_little_data_is_an_error_at_once(source: RecordSource) -> None:
@@ -102,8 +150,8 @@ def test_too_little_data_is_an_error_at_once(source: RecordSource) -> None:
         TrainLoader(source, seed=0, batch_size=24)
     with pytest.raises(DataError, match=r"23 sequences, less than one batch of 24"):
         validation_batches(source, 24)
-    with pytest.raises(ConfigError, match="multiple of the 4 processes"):
-        TrainLoader(source, seed=0, batch_size=6, process_count=4)
+    with pytest.raises(ConfigError, match="batch_size = 0 must be at least 1"):
+        TrainLoader(source, seed=0, batch_size=0)
     with pytest.raises(ConfigError, match="at least 0"):
         next(TrainLoader(source, seed=0, batch_size=6).batches(-1))
 
@@ -123,7 +171,7 @@ def test_validation_is_one_ordered_pass_of_whole_batches(
     assert [batch[:, 0].tolist() for batch in batches] == [
         [4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3] for i in range(expected)
     ]
-    halves = [list(validation_batches(source, 4, maximum, process_index=i, process_count=2)) for i in range(2)]
+    halves = [list(validation_batches(source, 4, maximum, rows=range(2 * i, 2 * i + 2))) for i in range(2)]
     for whole, first, second in zip(batches, *halves, strict=True):
         np.testing.assert_array_equal(whole, np.concatenate([first, second]))
 

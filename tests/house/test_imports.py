@@ -8,14 +8,14 @@ import mesh_transformer
 PACKAGE = Path(mesh_transformer.__file__).parent
 # Each may import those on earlier lines, itself, and nothing else; rooms on one line do not know each other.
 ORDER = [
-    ["compat", "shapes", "files", "config"],
+    ["compat", "shapes", "files", "config", "processes"],
     ["sharding"],
     ["model"],
     ["checkpoint", "data"],
     ["train", "sample"],
     ["evaluate"],
     ["api"],
-    ["bench", "demo"],
+    ["bench", "demo", "cluster"],
     ["cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
@@ -31,6 +31,7 @@ ONLY_IN = {
     "safetensors": {"checkpoint/huggingface/reader.py"},
     "matplotlib": {"train/plot.py"},
     "tokenizers": {"data/tokenizer.py"},
+    "ray": {"cluster/launch.py"},
 }
 
 

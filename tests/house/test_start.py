@@ -15,7 +15,8 @@ import pytest
 LIGHT = {"mesh_transformer", "typer", "click", "annotated_doc", "shellingham", "typing_extensions"}
 LIGHT |= {"pydantic", "pydantic_core", "annotated_types", "typing_inspection"}
 COMMANDS = [(), ("demo",), ("prepare",), ("train",), ("generate",), ("convert",), ("inspect",), ("bench",)]
-COMMANDS += [("bench", "train")]
+COMMANDS += [("bench", "train"), ("launch",)]
+COMMANDS += [("tpu",), ("tpu", "create"), ("tpu", "status"), ("tpu", "run"), ("tpu", "delete")]
 
 RUN_MAIN = """
 import json, sys
@@ -140,7 +141,7 @@ def needs_of_jax() -> list[str]:
         "model = ModelConfig(n_layers=1, d_model=16, n_heads=2, n_vocab=32, n_ctx=8)\n"
         "train = TrainConfig(steps=2, learning_rate=1e-3, batch_size=2)\n"
         "step = make_train_step(model, train, default_policy())\n"
-        "rows = jax.ShapeDtypeStruct((2, 9), 'int32')\n"
+        "rows = jax.ShapeDtypeStruct((1, 2, 9), 'int32')\n"
         "assert jax.eval_shape(lambda rows: step(initial_state(model, train, 0), rows)[1], rows).loss.shape == ()",
     ],
 )

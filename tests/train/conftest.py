@@ -15,6 +15,7 @@ from run_cases import Listener, Spy, Toy
 
 from mesh_transformer.config.run import RunConfig
 from mesh_transformer.model.policy import ComputePolicy
+from mesh_transformer.sharding.layout import Layout
 from mesh_transformer.train import run as train_run
 from mesh_transformer.train.loop import Programs, compile_programs
 from mesh_transformer.train.run import train
@@ -52,7 +53,8 @@ _CADENCE = {"steps": 1, "validate_every": 0, "validation_batches": 1, "checkpoin
 _programs: dict[Any, Programs] = {}
 
 
-def _compile_once(run: RunConfig, state: Any, policy: ComputePolicy) -> Programs:
+def _compile_once(run: RunConfig, state: Any, policy: ComputePolicy, layout: Layout) -> Programs:
+    assert layout.mesh is None
     # Its schedule is in a program; how long the run is and when it saves are not.
     key = (run.model, dataclasses.replace(run.train, **_CADENCE), run.data.sequence_length, policy)
     if key not in _programs:
@@ -91,7 +93,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
         seen.compiled += 1
 
         def step(state: Any, rows: np.ndarray) -> Any:
-            seen.rows.extend(rows.tolist())
+            seen.rows.extend(rows.reshape(-1, rows.shape[-1]).tolist())
             state, report = programs.step(state, rows)
             return seen.replace_step(state, report) if seen.replace_step else (state, report)
 

@@ -19,13 +19,14 @@ from mesh_transformer.checkpoint.native import CheckpointStore
 from mesh_transformer.cli.main import main
 from mesh_transformer.config.load import to_toml
 from mesh_transformer.config.model import ModelConfig
-from mesh_transformer.config.run import DataConfig, LogConfig, RunConfig, TrainConfig
+from mesh_transformer.config.run import DataConfig, LogConfig, MeshConfig, RunConfig, TrainConfig
 from mesh_transformer.data.tfrecord import write_records
 from mesh_transformer.train.metrics import StepMetrics, ValidationMetrics, read_metrics
 from mesh_transformer.train.state import abstract_state
 
 MODEL = ModelConfig(n_layers=1, d_model=16, n_heads=2, d_ff=32, n_vocab=64, n_ctx=16, d_rotary=4)
 T = 16
+MESH = MeshConfig(data=1)  # one of the devices; what many do: tests/sharding
 TIMES = {"tokens_per_second", "step_time"}  # fields of metrics.jsonl that no two runs share
 # The schedule is of fixed length, so that runs of different length share their program.
 TRAIN = TrainConfig(
@@ -96,6 +97,7 @@ class Toy:
             model=model,
             data=DataConfig(**(usual | (data or {}))),
             train=dataclasses.replace(TRAIN, **changes),
+            mesh=MESH,
             log=LogConfig(directory=str(where.parent)),
         )
 

@@ -13,7 +13,7 @@ from mesh_transformer.config.errors import ConfigError
 from mesh_transformer.config.load import load_run_config
 from mesh_transformer.config.presets import preset
 from mesh_transformer.config.run import DataConfig, LogConfig, RunConfig, TrainConfig
-from mesh_transformer.train import run as runs
+from mesh_transformer.train.record import CHANGES_FILE, record_configuration
 
 
 def configuration(tmp_path: Path) -> RunConfig:
@@ -31,7 +31,7 @@ def recorded(tmp_path: Path) -> tuple[RunConfig, RunDirectory]:
     run = configuration(tmp_path)
     directory = RunDirectory(run.run_directory)
     directory.path.mkdir()
-    runs._record_configuration(run, directory, 0)
+    record_configuration(run, directory, 0)
     return run, directory
 
 
@@ -39,9 +39,9 @@ def test_written_as_it_is_read_and_changes_are_kept_with_their_step(tmp_path: Pa
     run, directory = recorded(tmp_path)
     assert load_run_config(directory.config)[0] == run
     longer = dataclasses.replace(run, train=dataclasses.replace(run.train, batch_size=16))
-    runs._record_configuration(longer, directory, 7)
+    record_configuration(longer, directory, 7)
     assert load_run_config(directory.config)[0] == longer
-    line = json.loads((directory.path / runs.CHANGES_FILE).read_text())
+    line = json.loads((directory.path / CHANGES_FILE).read_text())
     assert line == {"step": 7, "changed": {"train.batch_size": [8, 16]}}
 
 
@@ -50,6 +50,6 @@ def test_a_damaged_record_is_named_and_left_alone(tmp_path: Path, damage: bytes)
     run, directory = recorded(tmp_path)
     directory.config.write_bytes(damage)
     with pytest.raises(ConfigError, match=r"config\.toml: the record of this run's configuration is damaged") as caught:
-        runs._record_configuration(run, directory, 7)
+        record_configuration(run, directory, 7)
     assert "delete that file" in str(caught.value)
     assert directory.config.read_bytes() == damage

@@ -421,7 +421,7 @@ def test_the_command_passes_everything_on(
     monkeypatch.setattr(
         sys.modules["mesh_transformer.train.run"],
         "train",
-        lambda run, observer, **how: seen.append(how) or Result(1, None),
+        lambda run, observer, *, processes, **how: seen.append(how) or Result(1, None),
     )
     run = toy.run(tmp_path / "run")
     flags = ["--init-from", "M", "--init-step", "7", "--init-config", "c.json"]

@@ -206,6 +206,11 @@ FORMS = {
 }
 
 
+def in_parts(train: TrainConfig) -> jax.Array:
+    """ROWS as a step takes them: [accumulation, batch / accumulation, T + 1]."""
+    return jnp.asarray(ROWS).reshape(train.gradient_accumulation, -1, ROWS.shape[1])
+
+
 class Step:
     """A compiled training step that counts how often it is traced; one for each of FORMS."""
 
@@ -220,7 +225,7 @@ class Step:
         self._compiled = jax.jit(counted)
 
     def __call__(self, state: TrainState) -> tuple[TrainState, Any]:
-        return self._compiled(state, jnp.asarray(ROWS))
+        return self._compiled(state, in_parts(self.train))
 
 
 @functools.cache
@@ -295,7 +300,7 @@ def test_states_rest_in_their_dtypes(param_dtype: str, moment_dtype: str) -> Non
     train = dataclasses.replace(WHOLE, param_dtype=param_dtype, moment_dtype=moment_dtype)
     first = jax.eval_shape(lambda: initial_state(MODEL, train, 0))
     step = make_train_step(MODEL, train, POLICY)
-    second = jax.eval_shape(lambda state, rows: step(state, rows)[0], first, jnp.asarray(ROWS))
+    second = jax.eval_shape(lambda state, rows: step(state, rows)[0], first, in_parts(train))
     for state in (first, second):
         adam = adam_of(state.opt_state)
         moments = jnp.dtype({"bf16": "bfloat16"}.get(moment_dtype, moment_dtype))

@@ -24,7 +24,7 @@ class TrainContender:
         train = TrainConfig(
             steps=10_000, learning_rate=1e-4, batch_size=spec["batch_size"], compute_dtype=spec["dtype"]
         )
-        self._rows = jnp.asarray(batch(cfg.n_vocab, spec["batch_size"], spec["sequence_length"]))
+        self._rows = jnp.asarray(batch(cfg.n_vocab, spec["batch_size"], spec["sequence_length"]))[None]
         self._state = jax.jit(functools.partial(initial_state, cfg, train, 0))()
         policy = default_policy(spec["dtype"], train.remat)
         step = jax.jit(make_train_step(cfg, train, policy), donate_argnums=0)

@@ -6,11 +6,14 @@ classes that wrote it, and in parts.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import functools
 import logging
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,12 @@ import jax
 import numpy as np
 
 from mesh_transformer.config.errors import CheckpointError
+from mesh_transformer.files import fsync_tree
 
 # Orbax gives up on a save after this time; a slow disk is no reason to.
 _TIMEOUT = 24 * 3600  # seconds
 _LARGE_ROW = 2**20  # bytes
+_PART = "ocdbt.process_"  # Orbax's name for the directory of one process
 
 
 def check(tree: Any) -> None:
@@ -48,31 +53,48 @@ def describe(tree: Any) -> dict[str, dict[str, Any]]:
 
 
 def start_write(directory: Path, tree: Any) -> Callable[[], None]:
-    """Copies the arrays to the host and begins to write them under `directory`, which must not exist.
+    """Copies the arrays to the host and begins to write them under `directory`, which holds nothing yet.
 
     When this returns the caller may change, delete or donate the arrays. The function returned waits until everything
-    is written, and raises what went wrong.
+    that this process has to write is on the disk, and raises what went wrong; `merge` then makes it whole.
+
+    In a run of several processes all call this with the same arguments, and each writes a part of its own: of every
+    value one copy, in chunks that no other process touches. The processes do not wait for each other here.
 
     Args:
         tree: as `check` wants it; sharded arrays are written in shards.
     """
-    ocp = _orbax()
-    # Compression would gain about a tenth on trained weights and cost more time than the writing itself.
-    checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False), timeout_secs=_TIMEOUT)
+    directory.mkdir(parents=True, exist_ok=True)
+    handler = _handler()
     try:
         item = _nested(tree)
-        checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(item, save_args=jax.tree.map(_in_rows, item)))
+        args = _orbax().args.PyTreeSave(item, save_args=jax.tree.map(_in_rows, item))
+        # In a thread of its own, since the caller may be inside an event loop, a notebook's for example.
+        with ThreadPoolExecutor(1) as pool:
+            copied = handler.async_save(_orbax_path(directory), args=args)
+            writes = pool.submit(asyncio.run, copied).result() or []
     except BaseException:
-        checkpointer.close()
+        handler.close()
         raise
 
     def finish() -> None:
         try:
-            checkpointer.wait_until_finished()
+            for write in writes:
+                write.result(timeout=_TIMEOUT)
+            fsync_tree(directory / f"{_PART}{jax.process_index()}")
         finally:
-            checkpointer.close()
+            handler.close()
 
     return finish
+
+
+def merge(directory: Path) -> None:
+    """Makes one tree of arrays of the parts that the processes wrote under `directory`; to be called by process 0.
+
+    Until then there is nothing to read. The parts stay, and hold the values.
+    """
+    with contextlib.closing(_handler()) as handler:
+        handler.finalize(_orbax_path(directory))
 
 
 def read(directory: Path, abstract: Any) -> Any:
@@ -91,9 +113,11 @@ def read(directory: Path, abstract: Any) -> Any:
     item = _nested(placed)
     restore_args = ocp.checkpoint_utils.construct_restore_args(item)
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        # Not through Orbax's Checkpointer, whose processes wait for each other in a device program: one whose files
+        # cannot be read would leave the others waiting.
+        with contextlib.closing(_handler()) as handler:
             args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-            found = checkpointer.restore(directory.absolute(), args=args)
+            found = handler.restore(_orbax_path(directory), args=args)
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).partition("\n")[0][:300]  # it may quote the file
         raise CheckpointError(f"{directory}: the arrays cannot be read: {reason}") from error
@@ -107,6 +131,17 @@ def _in_rows(leaf: Any) -> Any:
     if row_bytes < _LARGE_ROW:
         return _orbax().SaveArgs()
     return _orbax().SaveArgs(chunk_byte_size=row_bytes, shard_axes=(0,))
+
+
+def _handler() -> Any:
+    # Compression would gain about a tenth on trained weights and cost more time than the writing itself.
+    return _orbax().PyTreeCheckpointHandler(use_compression=False)
+
+
+def _orbax_path(directory: Path) -> Any:
+    from etils import epath  # the paths that Orbax wants
+
+    return epath.Path(directory.absolute())
 
 
 def _paths_and_leaves(tree: Any) -> list[tuple[tuple[str, ...], Any]]:

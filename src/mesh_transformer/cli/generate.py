@@ -34,6 +34,9 @@ def generate(
     dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16; default: weights as stored."),
     tokenizer: str | None = typer.Option(None, help="gpt2, bytes or a tokenizer.json; default: the model's own."),
     step: int | None = typer.Option(None, help="Which checkpoint of several; default: the newest."),
+    mesh: str | None = typer.Option(
+        None, metavar="AXIS=N,...", help="Devices to lay the model over, as data=2,tensor=4; default: one device."
+    ),
     config: str | None = typer.Option(None, metavar="FILE", help="Of an original checkpoint that has none beside it."),
 ) -> None:
     """Write with a model. Without a prompt, on a terminal, an interactive session."""
@@ -61,7 +64,15 @@ def generate(
     if stream and (len(prompts) != 1 or samples != 1 or json_):
         raise UserError("--stream writes one completion as text: give one prompt, and neither --samples nor --json")
     with StageDisplay(in_bytes=True) as display:
-        opened = load(model, dtype=dtype, tokenizer=tokenizer, step=step, config=config, progress=display.progress)
+        opened = load(
+            model,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            step=step,
+            config=config,
+            mesh=mesh,
+            progress=display.progress,
+        )
     if not prompts:
         _interactive(opened, options)
     elif stream:

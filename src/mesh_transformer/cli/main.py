@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import typer
 
-from mesh_transformer.cli import bench, convert, demo, generate, inspect, prepare, train
+from mesh_transformer.cli import bench, convert, demo, generate, inspect, launch, prepare, tpu, train
 from mesh_transformer.config.errors import MeshTransformerError
 
 # A path where something else stands in the way, or that may not be used.
@@ -29,10 +29,12 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("prepare")(prepare.prepare)
 app.command("train")(train.train)
+app.command("launch")(launch.launch)
 app.command("generate")(generate.generate)
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.add_typer(bench.app, name="bench")
+app.add_typer(tpu.app, name="tpu")
 
 
 @app.callback(invoke_without_command=True)
@@ -86,6 +88,10 @@ def _fail(error: BaseException, text: str, status: int, debug: bool) -> NoReturn
         traceback.print_exception(error)
     else:
         print(f"error: {text}", file=sys.stderr)
+    if "mesh_transformer.processes" in sys.modules:  # nobody else can have joined others
+        from mesh_transformer.processes import end_after_error
+
+        end_after_error(status)
     sys.exit(status)
 
 

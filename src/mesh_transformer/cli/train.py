@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import typer
@@ -46,26 +47,33 @@ def train(
     from mesh_transformer.cli.console import TrainingDisplay, note, stopped_note
     from mesh_transformer.config.errors import UserError
     from mesh_transformer.config.load import load_run_config
+    from mesh_transformer.processes import join
+    from mesh_transformer.sharding.mesh import device_count
+    from mesh_transformer.train.loop import Silence
     from mesh_transformer.train.run import has_run
     from mesh_transformer.train.run import train as run_training
 
     begin_from = _begin_from(
         init_from, fresh_optimizer=fresh_optimizer, keep_schedule=keep_schedule, step=init_step, config=init_config
     )
-    run, notes = load_run_config(config, set_)
-    for line in notes:
+    processes = join(note)
+    with processes.agree("configuration"):
+        run, notes = load_run_config(config, set_, n_devices=device_count)
+        if new and not yes and processes.is_first and has_run(run.run_directory):
+            raise UserError(
+                f"{run.run_directory} holds an earlier run, which --new would delete\nadd --yes to delete it, "
+                "or give this run another name"
+            )
+    for line in notes if processes.is_first else ():
         note(line)
-    if new and not yes and has_run(run.run_directory):
-        raise UserError(
-            f"{run.run_directory} holds an earlier run, which --new would delete\nadd --yes to delete it, "
-            "or give this run another name"
-        )
-    with TrainingDisplay(run.train.steps) as display:
-        result = run_training(run, display, new=new, init_from=begin_from)
+    with TrainingDisplay(run.train.steps) if processes.is_first else contextlib.nullcontext() as display:
+        result = run_training(run, display or Silence(), new=new, init_from=begin_from, processes=processes)
     if result.stopped_by is not None:
-        note(stopped_note(result.step, result.stopped_by))
+        if processes.is_first:
+            note(stopped_note(result.step, result.stopped_by))
         raise typer.Exit(128 + result.stopped_by)
-    note(f"done: step {result.step}; see {run.run_directory}")
+    if processes.is_first:
+        note(f"done: step {result.step}; see {run.run_directory}")
 
 
 def _begin_from(

@@ -79,8 +79,9 @@ def from_legacy(
 ) -> tuple[dict[str, Any], list[str]]:
     """The nested configuration that the original's `raw` means, and notes of one line for the user.
 
-    `overridden` names the keys, such as "log.directory", that the user sets beside the file. `n_devices` stands in
-    for a missing tpu_size. Paths are left relative to the working directory, as the original read them.
+    `overridden` names the keys, such as "log.directory", that the user sets beside the file. `n_devices` are those
+    that there are: the mesh is made for them, and they stand in for a missing tpu_size. Paths are left relative to the
+    working directory, as the original read them.
 
     Raises:
         ConfigError: a key is unknown, missing or unusable, or asks for what this version does not have.
@@ -88,17 +89,21 @@ def from_legacy(
     _check_keys(raw, dict.fromkeys((*_REQUIRED_MODEL[_architecture(raw)], *_REQUIRED)))
     notes: list[str] = []
     batch_size, batch_note = _batch_size(raw, n_devices)
-    notes += _device_notes(raw, batch_note, "train.batch_size" in overridden)
+    mesh, mesh_notes = _mesh(raw, n_devices)
+    notes += mesh_notes + _batch_notes(raw, batch_note, "train.batch_size" in overridden)
     _check_run_directory(raw, overridden, notes)
     nested: dict[str, Any] = {
         "model": model_section(raw),
         "data": _data_section(raw),
         "train": {"batch_size": batch_size, "z_loss_kind": "legacy", "remat": "full"},
+        "mesh": mesh,
     }
     for key, full_name in RENAMED.items():
         section, _, name = full_name.rpartition(".")
         if key in raw and section != "model":
             (nested[section] if section else nested)[name] = raw[key]
+    if _architecture(raw) == "v2":
+        nested["train"]["gather"] = "per_step" if raw.get("early_collect", True) else "per_layer"
     nested["train"] |= _dtypes(raw, overridden, notes)
     notes += _unused(raw)
     return nested, notes
@@ -173,22 +178,30 @@ def _batch_size(raw: Mapping[str, Any], n_devices: int) -> tuple[int, str]:
     return accumulation * per_replica * devices // cores, f"{accumulation} x {per_replica} x {devices} / {cores}"
 
 
-def _device_notes(raw: Mapping[str, Any], product: str, batch_overridden: bool) -> list[str]:
+def _mesh(raw: Mapping[str, Any], n_devices: int) -> tuple[dict[str, int], list[str]]:
+    """The `[mesh]` section: as many tensor shards as the original had, or the most that divide both."""
+    cores = raw["cores_per_replica"]
+    tensor = math.gcd(cores, n_devices)
     notes = []
     if _architecture(raw) == "v2":
-        notes.append(
-            f"cores_per_replica = {raw['cores_per_replica']}: model.n_shards, the number of v2's attention heads; "
-            "mesh.tensor = 1, as this version trains on one device"
-        )
-    elif raw["cores_per_replica"] > 1:
-        if raw["norm"] == "layernorm-desync":
+        notes.append(f"cores_per_replica = {cores}: model.n_shards, the number of v2's attention heads")
+        # Its parameters rested divided over all devices (docs/formats.md, section 8).
+        mesh = {"tensor": tensor, "data": 1, "fsdp": n_devices // tensor, "zero": 3}
+    else:
+        if cores > 1 and raw["norm"] == "layernorm-desync":
             raise ConfigError(
-                f'norm = "layernorm-desync" with cores_per_replica = {raw["cores_per_replica"]} is not supported: each '
-                "shard normalises with its own values, and this version trains one; expected cores_per_replica = 1"
+                f'norm = "layernorm-desync" with cores_per_replica = {cores} is not supported: each shard normalises '
+                "with its own values, and here a model has one; expected cores_per_replica = 1"
             )
-        notes.append(
-            f"cores_per_replica = {raw['cores_per_replica']}: mesh.tensor = 1, as this version trains on one device"
-        )
+        mesh = {"tensor": tensor}
+    if tensor != cores:
+        devices = "1 device" if n_devices == 1 else f"{n_devices} devices"
+        notes.append(f"cores_per_replica = {cores}: mesh.tensor = {tensor}, its largest divisor for {devices}")
+    return mesh, notes
+
+
+def _batch_notes(raw: Mapping[str, Any], product: str, batch_overridden: bool) -> list[str]:
+    notes = []
     if batch_overridden:
         if "tpu_size" in raw:
             notes.append(f"tpu_size = {raw['tpu_size']}: not used, as train.batch_size is set beside the file")
@@ -275,9 +288,9 @@ def _unused(raw: Mapping[str, Any]) -> list[str]:
     if _architecture(raw) == "v2":
         _check_v2_switches(raw)
         meaningless |= {
-            "early_collect": "ignored, parameters on one device are not sharded and need no gathering",
             "gen_length": "ignored, training does not generate",
         }
+        del meaningless["early_collect"]  # train.gather
         idle |= {"eval_only": False}
         meaningless |= {key: f'not looked at, v2 always has "{only}"' for key, only in _FIXED_IN_V2.items()}
         idle |= _FIXED_IN_V2

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -36,13 +36,13 @@ _MAX_BYTES = 4 * 2**20
 
 
 def load_run_config(
-    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, n_devices: int = 1
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, n_devices: Callable[[], int] = lambda: 1
 ) -> tuple[RunConfig, list[str]]:
     """The run that a TOML file, or the original's JSON file, describes, and notes of one line to print to the user.
 
     `path` is local or an fsspec URL. `overrides` are `key.sub=value` (values are TOML, a bare word is a string) under
-    TOML's names whatever the file is. Paths in the result are absolute. `n_devices` stands in for tpu_size where the
-    original's JSON has none.
+    TOML's names whatever the file is. Paths in the result are absolute. `n_devices` is asked for the number of
+    devices where the file is the original's JSON, whose mesh and batch depend on it.
 
     Raises:
         ConfigError: the file cannot be read or parsed, or a key or value is wrong; the message begins with the file.
@@ -54,7 +54,7 @@ def load_run_config(
     notes: list[str] = []
     try:
         if is_legacy:
-            raw, notes = from_legacy(raw, overridden=overridden, n_devices=n_devices)
+            raw, notes = from_legacy(raw, overridden=overridden, n_devices=n_devices())
         _resolve_paths(raw, os.getcwd() if is_legacy else _parent(source))
         for key, value in extra:
             alone: dict[str, Any] = {}

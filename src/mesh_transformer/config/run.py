@@ -18,7 +18,9 @@ from mesh_transformer.config.model import ModelConfig
 
 ZLossKind = Literal["legacy", "log_partition"]
 Remat = Literal["none", "dots", "full"]
+Gather = Literal["per_layer", "per_step"]
 
+MESH_AXES = ("data", "fsdp", "tensor", "pipeline")
 # Default of a field that is worked out from its neighbours.
 _FROM_OTHERS: Any = None
 
@@ -80,6 +82,9 @@ class TrainConfig:
     param_dtype: str = "float32"
     moment_dtype: str = "float32"
     remat: Remat = "none"
+    gather: Gather = "per_layer"  # when parameters that rest in shards (mesh.zero = 3) are brought together
+    pipeline_microbatches: int = 0  # parts of a batch that follow one another through the stages; 0: chosen
+    step_timeout: float | None = _FROM_OTHERS  # seconds; 0: for ever; None: 600 among several processes
     validate_every: int = 0  # steps; 0: never
     validation_batches: int = 100
     checkpoint_every: int = 500  # steps
@@ -89,7 +94,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation", "checkpoint_every", "keep_last"):
             checks.check_count(f"train.{name}", getattr(self, name), 1)
-        for name in ("validate_every", "validation_batches", "keep_every"):
+        for name in ("validate_every", "validation_batches", "keep_every", "pipeline_microbatches"):
             checks.check_count(f"train.{name}", getattr(self, name), 0)
         for name in ("learning_rate", "weight_decay", "z_loss"):
             checks.check_number(f"train.{name}", getattr(self, name))
@@ -97,6 +102,9 @@ class TrainConfig:
         self._fill_in_schedule()
         checks.check_choice("train.z_loss_kind", self.z_loss_kind, get_args(ZLossKind))
         checks.check_choice("train.remat", self.remat, get_args(Remat))
+        checks.check_choice("train.gather", self.gather, get_args(Gather))
+        if self.step_timeout is not None:
+            checks.check_number("train.step_timeout", self.step_timeout)
         self._normalise_dtypes()
         self._check_accumulation()
 
@@ -137,12 +145,14 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How the devices are laid out; -1 takes what is left over. This version trains on one device.
+    """How the devices are laid out, along four axes; `data = -1` takes what the others leave over.
 
-    `zero` says what `fsdp` shards: 1 the optimizer's moments, 3 the parameters too.
+    The batch lies over data x fsdp, heads, feed-forward and vocabulary over tensor, layers over pipeline. `zero` says
+    what `fsdp` shards: 1 the optimizer's moments, 3 the parameters too. `shard_sequence` lays norms and the residual
+    stream over `tensor` by their sequence axis. What must divide what is checked when the devices are known.
 
     Raises:
-        ConfigError: a value is impossible or asks for more than one device.
+        ConfigError: a value is impossible.
     """
 
     data: int = -1
@@ -150,23 +160,32 @@ class MeshConfig:
     tensor: int = 1
     pipeline: int = 1
     zero: int = 1
+    shard_sequence: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("data", "fsdp", "tensor", "pipeline"):
-            size = getattr(self, name)
-            checks.check_type(f"mesh.{name}", size, "integer")
-            if size != 1 and not (name == "data" and size == -1):
-                expected = "-1 or 1" if name == "data" else "1"
-                raise ConfigError(
-                    f"mesh.{name} = {checks.shown(size)} is not supported: this version trains on one device; "
-                    f"expected {expected}, or leave it out"
-                )
+        for name in MESH_AXES:
+            if name != "data" or self.data != -1:
+                checks.check_count(f"mesh.{name}", getattr(self, name), 1)
         checks.check_choice("mesh.zero", self.zero, (1, 3))
-        if self.zero == 3:
+        checks.check_type("mesh.shard_sequence", self.shard_sequence, "boolean")
+
+
+def mesh_from_text(text: str) -> MeshConfig:
+    """The mesh that "data=2,tensor=4" means; axes that are not named have one device.
+
+    Raises:
+        ConfigError: it is not written so.
+    """
+    sizes: dict[str, Any] = {"data": 1}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name.strip() not in MESH_AXES or not re.fullmatch(r"\s*-?[0-9]{1,9}\s*", size):
             raise ConfigError(
-                "mesh.zero = 3 is not supported: this version trains on one device, where there is nothing to shard; "
-                "leave it out"
+                f"mesh = {checks.shown(text)}: {checks.shown(part)} is no axis with its size; expected some of "
+                f"{', '.join(MESH_AXES)}, for example data=2,tensor=4"
             )
+        sizes[name.strip()] = int(size)
+    return MeshConfig(**sizes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,11 +242,6 @@ class RunConfig:
             raise ConfigError(
                 "train.validation_batches = 0 is too small where data.validation names a set; expected at least 1 "
                 "(train.validate_every = 0 turns validation off)"
-            )
-        if self.model.norm == "layernorm-desync" and self.mesh.tensor != 1:
-            raise ConfigError(
-                f'model.norm = "layernorm-desync" cannot be trained with mesh.tensor = {self.mesh.tensor}: each shard '
-                "normalises with its own values, so the number of shards defines the model; expected mesh.tensor = 1"
             )
 
     @property

@@ -28,12 +28,6 @@ SECTIONS: dict[str, type] = {
 }
 # What a section may hold beside its dataclass's fields.
 _MORE_KEYS: dict[str, dict[str, Any]] = {"model": {"preset": str}, "evaluate": {"tasks": list, "every": int}}
-# Keys of the documented surface whose feature does not exist yet. They are refused, never ignored.
-NOT_BUILT: dict[str, str] = {
-    "train.gather": "parameters are not sharded, so there is nothing to gather",
-    "train.pipeline_microbatches": "there is no pipeline parallelism",
-    "train.step_timeout": "a step that hangs is not detected",
-}
 _EXAMPLES = {
     "data.train": '"data/pile.train.index"',
     "data.validation": '{ pile = "data/pile.val.index" }',
@@ -54,11 +48,10 @@ def run_config_from_dict(raw: Mapping[str, Any], *, default_name: str | None = N
     `default_name` is the run's name where `raw` gives none.
 
     Raises:
-        ConfigError: a key is unknown, missing, not supported by this version or of the wrong type, or a value is
+        ConfigError: a key is unknown, missing or of the wrong type, or a value is
             impossible.
     """
     _check_sections(raw)
-    _check_supported(raw)
     _check_known(raw)
     if default_name is not None:
         raw = {"name": default_name, **raw}
@@ -91,12 +84,11 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> ModelConfig:
     """The architecture that a `[model]` section, or `ModelConfig.to_dict`, describes.
 
     Raises:
-        ConfigError: a key is unknown, missing, not supported by this version or of the wrong type, or a value is
+        ConfigError: a key is unknown, missing or of the wrong type, or a value is
             impossible.
     """
     nested = {"model": raw}
     _check_sections(nested)
-    _check_supported(nested)
     _check_known(nested)
     if missing := _missing_model_keys(raw):
         raise ConfigError(f"missing: {', '.join(missing)}")
@@ -142,13 +134,6 @@ def _leaves(raw: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Path of every key, as far down as sections go."""
     known = {*SECTIONS, *_MORE_KEYS}
     return [path for name in raw for path in ([(name, key) for key in raw[name]] if name in known else [(name,)])]
-
-
-def _check_supported(raw: Mapping[str, Any]) -> None:
-    for path in _leaves(raw):
-        reason = NOT_BUILT.get(".".join(path))
-        if reason:
-            raise ConfigError(f"{'.'.join(path)} is not supported by this version: {reason}; leave it out")
 
 
 def _check_known(raw: Mapping[str, Any]) -> None:

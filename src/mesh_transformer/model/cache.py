@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.model.layers import rotary_tables
 from mesh_transformer.shapes import Array, Float, Int
+from mesh_transformer.sharding.layout import ONE_DEVICE_LAYOUT, Layout
 
 
 @jax.tree_util.register_dataclass
@@ -44,21 +46,31 @@ class KVCache:
         v: Float[Array, "batch seq kv_heads head_dim"],
     ) -> KVCache:
         """The cache with the keys and values of one layer at `positions`."""
-        rows = jnp.arange(k.shape[0], dtype=jnp.int32)[:, None]
+
+        # One row at a time under vmap: a mesh that divides rows or heads then moves nothing.
+        def write_row(held: Array, slots: Array, new: Array) -> Array:
+            return held.at[layer, slots].set(new, unique_indices=True)
+
+        write = jax.vmap(write_row, in_axes=(1, 0, 0), out_axes=1)
         slots = positions % self.n_slots
         return dataclasses.replace(
-            self,
-            k=self.k.at[layer, rows, slots].set(k.astype(self.k.dtype), unique_indices=True),
-            v=self.v.at[layer, rows, slots].set(v.astype(self.v.dtype), unique_indices=True),
+            self, k=write(self.k, slots, k.astype(self.k.dtype)), v=write(self.v, slots, v.astype(self.v.dtype))
         )
 
 
-def empty_cache(cfg: ModelConfig, batch: int, n_slots: int, n_positions: int, dtype: Any) -> KVCache:
-    """A cache that holds nothing, for texts of up to `n_positions` tokens of which the newest `n_slots` are kept."""
+def empty_cache(
+    cfg: ModelConfig, batch: int, n_slots: int, n_positions: int, dtype: Any, layout: Layout = ONE_DEVICE_LAYOUT
+) -> KVCache:
+    """A cache that holds nothing, for texts of up to `n_positions` tokens of which the newest `n_slots` are kept.
+
+    Rows and heads lie as `layout` says, the tables whole on every device.
+    """
     sizes = cfg.axis_sizes
     shape = (cfg.n_layers, batch, n_slots, sizes["kv_heads"], sizes["head_dim"])
-    sin, cos = rotary_tables(n_positions, cfg.d_rotary) if cfg.d_rotary else (jnp.zeros((0, 0)), jnp.zeros((0, 0)))
-    return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), sin=jnp.asarray(sin), cos=jnp.asarray(cos))
+    held = layout.sharding(layout.rules.use((None, "batch", None, "kv_heads", None)))
+    sin, cos = rotary_tables(n_positions, cfg.d_rotary) if cfg.d_rotary else (np.zeros((0, 0)), np.zeros((0, 0)))
+    tables = (jax.device_put(table.astype(np.float32), layout.sharding()) for table in (sin, cos))
+    return KVCache(jnp.zeros(shape, dtype, device=held), jnp.zeros(shape, dtype, device=held), *tables)
 
 
 def key_positions(newest: Int[Array, " batch"], n_slots: int) -> Int[Array, "batch slots"]:

@@ -10,14 +10,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.model import layers
 from mesh_transformer.model.cache import KVCache, key_positions
-from mesh_transformer.model.params import param_table
+from mesh_transformer.model.params import ParamSpec, is_multiplied, param_table
 from mesh_transformer.model.policy import ComputePolicy
 from mesh_transformer.shapes import Array, Float, Int, Params
-from mesh_transformer.sharding.rules import ONE_DEVICE, Rules
+from mesh_transformer.sharding.pipeline import run_stages
+from mesh_transformer.sharding.rules import ONE_DEVICE, STREAM, Rules
+
+# What `gather` brings together; the backward pass brings it together again instead of keeping it.
+_GATHERED = "gathered"
 
 
 @jax.tree_util.register_dataclass
@@ -44,7 +49,7 @@ def forward(
 ) -> Float[Array, "batch seq vocab"]:
     """Logits of the token after every position, float32."""
     x, _ = hidden(params, tokens, cfg, policy, rules)
-    return unembed(params, x, cfg, policy, rules)
+    return unembed(params, x, cfg, policy, rules.after_stages)
 
 
 def hidden(
@@ -57,11 +62,12 @@ def hidden(
     start: Int[Array, " batch"] | None = None,
     cache: KVCache | None = None,
 ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
-    """The residual stream after the last block, and the cache with these tokens added.
+    """The residual stream after the last block, lying as `rules.after_stages` say, and the cache with these tokens.
 
     Without a cache the tokens are whole texts. With one, row b continues its text at position `start[b]`, sees what
     the cache holds, and is written into it; a row may be padded on the right, since nothing sees a later position and
-    the next call overwrites it. More than one token a row is only right while the cache has not begun to slide.
+    the next call overwrites it. More than one token a row is only right while the cache has not begun to slide. A
+    pipeline has no cache.
     """
     seq = tokens.shape[1]
     first = jnp.zeros((1,), jnp.int32) if start is None else start
@@ -69,22 +75,35 @@ def hidden(
     embed = gather(params["embed"], param_table(cfg)["embed"], rules)
     x = layers.embed_tokens(embed["tokens"], tokens, policy, rules) + embed["bias"].astype(jnp.float32)
     if cfg.position == "fixed":
-        x = x + embed["positions"].at[positions].get(mode="clip").astype(jnp.float32)
-    where = locate(params, positions, cache, cfg)
-    return run_blocks(params["layers"], x, where, cache, cfg, policy, rules)
+        there = rules.use((None if start is None else "batch", "seq", "embed"))
+        x = x + embed["positions"].at[positions].get(mode="clip", out_sharding=there).astype(jnp.float32)
+    x = rules.place(x, STREAM)
+    where = locate(params, positions, cache, cfg, rules)
+    if rules.n_stages == 1:
+        return run_blocks(params["layers"], x, where, cache, cfg, policy, rules)
+    assert cache is None, "a pipeline has no cache"
+    stage = lambda stacked, x: run_blocks(stacked, x, where, None, cfg, policy, rules)[0]  # noqa: E731
+    return run_stages(stage, params["layers"], x, rules), None
 
 
-def locate(params: Params, positions: Array, cache: KVCache | None, cfg: ModelConfig) -> Where:
+def locate(
+    params: Params, positions: Array, cache: KVCache | None, cfg: ModelConfig, rules: Rules = ONE_DEVICE
+) -> Where:
     """Masks, rotary angles and relative biases for queries at `positions` ([#batch seq])."""
+    rows = None if cache is None else "batch"  # without a cache one row of positions stands for all
     keys = positions if cache is None else key_positions(positions[:, -1], cache.n_slots)
     bias = layers.sliding_mask(positions, keys, cfg.n_ctx)
     if cfg.position == "t5":
-        bias = bias + layers.relative_bias(params["relative"]["bias"], positions, keys, cfg.n_ctx)
+        relative = gather(params["relative"], param_table(cfg)["relative"], rules)
+        split = rules.use(("heads", rows, None, None))
+        bias = bias + layers.relative_bias(relative["bias"], positions, keys, cfg.n_ctx, split)
     if cfg.position != "rotary":
         return Where(positions=positions, bias=bias, sin=None, cos=None)
     n_positions = positions.shape[1] if cache is None else cache.sin.shape[0]
     sin, cos = layers.rotary_tables(n_positions, cfg.d_rotary) if cache is None else (cache.sin, cache.cos)
-    return Where(positions=positions, bias=bias, sin=jnp.asarray(sin)[positions], cos=jnp.asarray(cos)[positions])
+    split = rules.use((rows, "seq", None))
+    sin, cos = (jnp.asarray(table).at[positions].get(out_sharding=split) for table in (sin, cos))
+    return Where(positions=positions, bias=bias, sin=sin, cos=cos)
 
 
 def run_blocks(
@@ -108,13 +127,22 @@ def run_blocks(
             p = jax.tree.map(lambda w: layers.from_bits(layers.to_bits(w)[layer], w.dtype), held)
         return block(x, gather(p, specs, rules), where, cache, layer, cfg, policy, rules), None
 
-    if policy.remat != "none":
-        saved = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}[policy.remat]
-        one_layer = jax.checkpoint(one_layer, policy=saved)
+    if policy.remat != "none" or rules.gathers:
+        saved = {
+            "none": _all_but_gathered,
+            "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            "full": None,
+        }
+        one_layer = jax.checkpoint(one_layer, policy=saved[policy.remat])
     numbers = jnp.arange(n_layers, dtype=jnp.int32)
     xs = ({}, numbers) if policy.widen_by_layer else (stacked, numbers)
     carry, _ = jax.lax.scan(one_layer, (x, cache), xs, unroll=n_layers if policy.unroll else 1)
     return carry
+
+
+def _all_but_gathered(operation: Any, *_: Any, **settings: Any) -> bool:
+    """The checkpoint policy that keeps everything but parameters brought together, and what brings them together."""
+    return operation.name != "reshard" and settings.get("name") != _GATHERED
 
 
 def block(
@@ -128,10 +156,10 @@ def block(
     rules: Rules,
 ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
     """One layer: x + attention(norm(x)) + feed_forward(norm(x)), both branches summed over the mesh at once."""
-    h = layers.norm(x, p["ln_1"], cfg)
+    h = rules.share(layers.norm(x, p["ln_1"], cfg), ("batch", "seq", "embed"), over="mlp")
     attended, cache = self_attention(h, p["attn"], where, cache, layer, cfg, policy, rules)
     both = attended + layers.feed_forward(h, p["mlp"], policy, rules)
-    return x + rules.place(both, ("batch", "seq", "embed")) + p["mlp"]["b_out"].astype(jnp.float32), cache
+    return x + rules.place(both, STREAM) + p["mlp"]["b_out"].astype(jnp.float32), cache
 
 
 def self_attention(
@@ -168,7 +196,7 @@ def unembed(
 ) -> Float[Array, "batch seq vocab"]:
     """Final norm and head."""
     head = gather(params["head"], param_table(cfg)["head"], rules)
-    x = layers.norm(x, head["ln"], cfg)
+    x = rules.share(layers.norm(x, head["ln"], cfg), ("batch", "seq", "embed"), over="vocab")
     logits = layers.product("bse,ev->bsv", x, head["w"], policy, rules.use(("batch", "seq", "vocab")))
     return logits + head["b"].astype(jnp.float32)
 
@@ -198,4 +226,18 @@ def gather(params: Params, specs: Any, rules: Rules) -> Params:
 
     A leaf may lack its leading `layers` axis, being one slice of it.
     """
-    return jax.tree.map(lambda w, s: rules.place(w, s.axes[len(s.axes) - w.ndim :]), params, specs)
+
+    def one(w: Array, spec: ParamSpec) -> Array:
+        axes = spec.axes[len(spec.axes) - w.ndim :]
+        used = rules.place_weight(w, axes) if waits(spec, w) else rules.place(w, axes)
+        return used if rules.param(axes) == rules.use(axes) else checkpoint_name(used, _GATHERED)
+
+    return jax.tree.map(one, params, specs)
+
+
+def waits(spec: ParamSpec, w: Any) -> bool:
+    """Whether a parameter's gradient can be left unsummed over the batch: that of a product, held in float32.
+
+    Narrower ones would be rounded before they are summed.
+    """
+    return is_multiplied(spec) and w.dtype == jnp.float32

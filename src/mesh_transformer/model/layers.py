@@ -65,8 +65,14 @@ def _rounded_product_backward(
 
 
 def _laid_as(a: Array, out_sharding: PartitionSpec | None) -> PartitionSpec | None:
-    """The layout of a gradient is that of what it belongs to; without a mesh there is none to name."""
-    return None if out_sharding is None else jax.typeof(a).sharding.spec
+    """The layout of a gradient is that of what it belongs to; without a mesh there is none to name.
+
+    What was promised to be the same on several devices has a gradient that is still to be summed over them.
+    """
+    if out_sharding is None:
+        return None
+    spec = jax.typeof(a).sharding.spec
+    return PartitionSpec(*spec.partitions, unreduced=spec.reduced)
 
 
 _rounded_product.defvjp(_rounded_product_forward, _rounded_product_backward)
@@ -204,8 +210,13 @@ def relative_bias(
     query: Int[Array, "#batch seq"],
     key: Int[Array, "#batch keys"],
     window: int,
+    split: PartitionSpec | None = None,
 ) -> Float[Array, "batch heads seq keys"]:
-    """The T5 bias of every pair of positions; distances below zero are masked anyway and use bucket 0."""
+    """The T5 bias of every pair of positions; distances below zero are masked anyway and use bucket 0.
+
+    split: how heads, rows, queries and keys lie.
+    """
     distance = jnp.clip(query[:, :, None] - key[:, None, :], 0, window - 1)
-    bucket = jnp.asarray(t5_buckets(window))[distance]
-    return jnp.moveaxis(table.astype(jnp.float32)[:, bucket], 0, 1)
+    of_rows = None if split is None else PartitionSpec(*split[1:])
+    bucket = jnp.asarray(t5_buckets(window)).at[distance].get(out_sharding=of_rows)
+    return jnp.moveaxis(table.astype(jnp.float32).at[:, bucket].get(out_sharding=split), 0, 1)

@@ -83,11 +83,13 @@ def score_tokens(
     policy: ComputePolicy,
     rules: Rules = ONE_DEVICE,
 ) -> TokenScores:
-    """The scores of `targets` after `tokens`; logits exist for `policy.loss_chunk` positions at a time."""
+    """The scores of `targets` after `tokens`; logits exist for `policy.loss_chunk` positions a device at a time."""
     x, _ = hidden(params, tokens, cfg, policy, rules)
+    rules = rules.after_stages
+    x, targets = rules.place(x, ("batch", "seq", "embed")), rules.place(targets, ("batch", "seq"))
     score = functools.partial(score_logits, moving_maximum=cfg.architecture == "v2")
     batch, seq, _ = x.shape
-    width = max(1, min(seq, policy.loss_chunk // batch))
+    width = max(1, min(seq, policy.loss_chunk // (batch // rules.ways("batch"))))
     n_chunks = math.ceil(seq / width)
     if n_chunks == 1:
         return score(unembed(params, x, cfg, policy, rules), targets)

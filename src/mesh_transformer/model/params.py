@@ -145,10 +145,14 @@ def count_params(cfg: ModelConfig) -> int:
     return sum(size(s, cfg) for s in named_specs(cfg).values())
 
 
+def is_multiplied(spec: ParamSpec) -> bool:
+    """Whether tokens are multiplied with the parameter: a matrix, and no table in which rows are looked up."""
+    return bool(spec.inputs) and not set(spec.inputs) & {"vocab", "ctx", "buckets"}
+
+
 def count_matmul_params(cfg: ModelConfig) -> int:
-    """Parameters that a token is multiplied with: every matrix except the embedding and position tables."""
-    contracted = (s for s in named_specs(cfg).values() if s.inputs and not set(s.inputs) & {"vocab", "ctx", "buckets"})
-    return sum(size(s, cfg) for s in contracted)
+    """Parameters that a token is multiplied with."""
+    return sum(size(s, cfg) for s in named_specs(cfg).values() if is_multiplied(s))
 
 
 def init_params(cfg: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:

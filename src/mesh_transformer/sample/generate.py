@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from mesh_transformer.sample.methods import RowOptions, next_tokens
 from mesh_transformer.sample.options import Completion, Piece, SamplingOptions
 from mesh_transformer.sample.text import TextStream
 from mesh_transformer.shapes import Array, Float, Int, Params
+from mesh_transformer.sharding.layout import ONE_DEVICE_LAYOUT, Layout
+from mesh_transformer.sharding.rules import ONE_DEVICE, Rules
 
 _SMALLEST_BUCKET = 16
 
@@ -27,10 +30,18 @@ _SMALLEST_BUCKET = 16
 class Generator:
     """Completes prompts with one model. Programs are compiled once for each bucket of shapes."""
 
-    def __init__(self, cfg: ModelConfig, params: Params, policy: ComputePolicy, tokenizer: Tokenizer | None) -> None:
-        self.cfg, self.params, self.policy, self.tokenizer = cfg, params, policy, tokenizer
-        self._prefill = jax.jit(functools.partial(prefill, cfg=cfg, policy=policy), donate_argnames="cache")
-        self._step = jax.jit(functools.partial(decode_step, cfg=cfg, policy=policy), donate_argnames="cache")
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        params: Params,
+        policy: ComputePolicy,
+        tokenizer: Tokenizer | None,
+        layout: Layout = ONE_DEVICE_LAYOUT,
+    ) -> None:
+        self.cfg, self.params, self.policy, self.tokenizer, self.layout = cfg, params, policy, tokenizer, layout
+        how: dict[str, Any] = {"cfg": cfg, "policy": policy, "rules": layout.rules}
+        self._prefill = jax.jit(functools.partial(prefill, **how), donate_argnames="cache")
+        self._step = jax.jit(functools.partial(decode_step, **how), donate_argnames="cache")
         self._pick = jax.jit(next_tokens, static_argnames=("sampler", "filtered"))
 
     def generate(self, prompts: Sequence[Sequence[int]], options: Sequence[SamplingOptions]) -> list[Completion]:
@@ -111,21 +122,36 @@ class Generator:
     def _read(self, rows: Sequence[_Row], reach: int, newest: int | None = None) -> tuple[Array, KVCache, np.ndarray]:
         """Prefills the (newest) tokens of every row from position 0; returns where each row's window starts."""
         texts = [r.tokens if newest is None else r.tokens[-newest:] for r in rows]
-        lengths = np.asarray([len(t) for t in texts], np.int32)
+        lengths = self._padded([len(t) for t in texts], with_=1)
         width = _bucket(int(lengths.max()), self.cfg.n_ctx)
-        padded = np.zeros((len(rows), width), np.int32)
+        padded = np.zeros((len(lengths), width), np.int32)
         for i, text in enumerate(texts):
             padded[i, : len(text)] = text
         # A text that will outgrow the context needs the whole ring; others only as much as they can fill.
         cache = empty_cache(
             self.cfg,
-            batch=len(rows),
+            batch=len(lengths),
             n_slots=_bucket(min(reach, self.cfg.n_ctx), self.cfg.n_ctx),
             n_positions=_bucket(reach),
             dtype=self.policy.jax_dtype,
+            layout=self.layout,
         )
-        logits, cache = self._prefill(self.params, jnp.asarray(padded), jnp.asarray(lengths), cache=cache)
-        return logits, cache, np.asarray([len(r.tokens) for r in rows], np.int32) - lengths
+        with self.layout.using():
+            placed = self.layout.place_rows(padded), self.layout.place_rows(lengths)
+            logits, cache = self._prefill(self.params, *placed, cache=cache)
+        return self._of_rows(logits, rows), cache, np.asarray([len(r.tokens) for r in rows]) - lengths[: len(rows)]
+
+    def _padded(self, values: Sequence[int], with_: int) -> np.ndarray:
+        """int32 values of the rows, and of rows that make the batch one that the devices can share."""
+        padded = np.full(self.layout.padded_rows(len(values)), with_, np.int32)
+        padded[: len(values)] = values
+        return padded
+
+    def _of_rows(self, logits: Array, rows: Sequence[_Row]) -> Array:
+        """The logits of the texts, on one device: picking the next tokens is little work."""
+        if self.layout.mesh is None:
+            return logits
+        return jnp.asarray(logits.addressable_data(0))[: len(rows)]
 
     def _advance(
         self, rows: Sequence[_Row], picked: Array, cache: KVCache, starts: np.ndarray, reach: int
@@ -135,19 +161,24 @@ class Generator:
             if row.done and len(row.tokens) < reach:
                 row.tokens.append(0)  # unheard; keeps the batch in step
         positions = np.asarray([len(r.tokens) - 1 for r in rows], np.int32) - starts
-        logits, cache = self._step(self.params, picked[:, None], jnp.asarray(positions), cache=cache)
+        with self.layout.using():
+            tokens = self._padded(np.asarray(picked).tolist(), with_=0)[:, None]
+            placed = self.layout.place_rows(tokens), self.layout.place_rows(self._padded(positions.tolist(), with_=0))
+            logits, cache = self._step(self.params, *placed, cache=cache)
+        logits = self._of_rows(logits, rows)
         full = positions >= self.cfg.n_ctx
         if self.cfg.position != "fixed" or not full.any():
             return logits, cache, starts
         # Absolute positions cannot slide: rows past the last one begin again with the newest half of their text.
         read_logits, read_cache, read_starts = self._read(rows, reach, newest=max(1, self.cfg.n_ctx // 2))
-        again = jnp.asarray(full)
-        cache = dataclasses.replace(
-            cache,
-            k=jnp.where(again[None, :, None, None, None], read_cache.k, cache.k),
-            v=jnp.where(again[None, :, None, None, None], read_cache.v, cache.v),
-        )
-        return jnp.where(again[:, None], read_logits, logits), cache, np.where(full, read_starts, starts)
+        with self.layout.using():
+            again = self.layout.place_rows(self._padded(full.tolist(), with_=0) > 0)
+            cache = dataclasses.replace(
+                cache,
+                k=jnp.where(again[None, :, None, None, None], read_cache.k, cache.k),
+                v=jnp.where(again[None, :, None, None, None], read_cache.v, cache.v),
+            )
+        return jnp.where(full[:, None], read_logits, logits), cache, np.where(full, read_starts, starts)
 
 
 @dataclasses.dataclass
@@ -207,12 +238,13 @@ def prefill(
     cache: KVCache,
     cfg: ModelConfig,
     policy: ComputePolicy,
+    rules: Rules = ONE_DEVICE,
 ) -> tuple[Float[Array, "batch vocab"], KVCache]:
     """Reads right-padded prompts from position 0: logits after each row's last token, and the filled cache."""
-    x, filled = hidden(params, tokens, cfg, policy, start=jnp.zeros_like(lengths), cache=cache)
+    x, filled = hidden(params, tokens, cfg, policy, rules, start=jnp.zeros_like(lengths), cache=cache)
     assert filled is not None
-    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    return unembed(params, last, cfg, policy)[:, 0], filled
+    last = jax.vmap(lambda row, length: row[length - 1])(x, lengths)
+    return rules.place(unembed(params, last[:, None], cfg, policy, rules)[:, 0], (None, None)), filled
 
 
 def decode_step(
@@ -223,8 +255,9 @@ def decode_step(
     cache: KVCache,
     cfg: ModelConfig,
     policy: ComputePolicy,
+    rules: Rules = ONE_DEVICE,
 ) -> tuple[Float[Array, "batch vocab"], KVCache]:
     """Adds one token to every row at its position: logits of the next, and the cache."""
-    x, longer = hidden(params, tokens, cfg, policy, start=positions, cache=cache)
+    x, longer = hidden(params, tokens, cfg, policy, rules, start=positions, cache=cache)
     assert longer is not None
-    return unembed(params, x, cfg, policy)[:, 0], longer
+    return rules.place(unembed(params, x, cfg, policy, rules)[:, 0], (None, None)), longer

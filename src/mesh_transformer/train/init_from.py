@@ -18,7 +18,8 @@ from mesh_transformer.config.errors import CheckpointError, ConfigError
 from mesh_transformer.config.model import differing_fields
 from mesh_transformer.config.run import RunConfig
 from mesh_transformer.shapes import Params
-from mesh_transformer.train.optimizer import with_optimizer_state
+from mesh_transformer.sharding.layout import ONE_DEVICE_LAYOUT, Layout, place_array
+from mesh_transformer.train.optimizer import moments_of, with_optimizer_state
 from mesh_transformer.train.state import TrainState, abstract_state, random_key
 
 _MAX_COUNT = 2**31 - 1  # counters are int32
@@ -78,8 +79,14 @@ def open_model(run: RunConfig, init_from: InitFrom, note: Callable[[str], None],
     return weights
 
 
-def first_state(run: RunConfig, init_from: InitFrom, weights: Weights, note: Callable[[str], None]) -> TrainState:
-    """The state that the run begins with, on the first local device, in memory that a training step may overwrite.
+def first_state(
+    run: RunConfig,
+    init_from: InitFrom,
+    weights: Weights,
+    note: Callable[[str], None],
+    layout: Layout = ONE_DEVICE_LAYOUT,
+) -> TrainState:
+    """The state that the run begins with, laid out, in memory that a training step may overwrite.
 
     Parameters are in `train.param_dtype`, moments in `train.moment_dtype`; what the model does not hold is zero.
 
@@ -94,30 +101,32 @@ def first_state(run: RunConfig, init_from: InitFrom, weights: Weights, note: Cal
     for line in _what_is_taken(init_from, weights):
         note(line)
     progress = _progress(weights, moments, note)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = abstract_state(run, layout)
 
-    def read(kind: Any, dtype: str) -> Params:
-        return _move(assemble(weights, jnp.dtype(dtype), kind, progress), device)
+    def read(kind: Any, like: Params) -> Params:
+        dtype = jax.tree.leaves(like)[0].dtype
+        return _move(assemble(weights, dtype, kind, progress), like)
 
     def count(n: int) -> jax.Array:
-        return jnp.full((), n, jnp.int32, device=device)
+        return _owned(np.asarray(n, np.int32), layout.sharding())
 
-    abstract = abstract_state(run)
-    params, opt_state = read("params", run.train.param_dtype), abstract.opt_state
+    params, opt_state = read("params", abstract.params), abstract.opt_state
     if moments and weights.counters:
-        mu, nu = (read(kind, run.train.moment_dtype) for kind in MOMENTS)
+        places = moments_of(opt_state)
+        mu, nu = (read(kind, like) for kind, like in zip(MOMENTS, places, strict=True))
         schedule = weights.counters.schedule if init_from.keep_schedule else 0
         opt_state = with_optimizer_state(opt_state, mu, nu, count(weights.counters.adam), count(schedule))
 
     def zeros_if_abstract(leaf: Any) -> Any:
-        abstract = isinstance(leaf, jax.ShapeDtypeStruct)
-        return jnp.zeros(leaf.shape, leaf.dtype, device=device) if abstract else leaf
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        return jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()
 
     return TrainState(
         step=count(weights.step or 0 if init_from.keep_schedule else 0),
         params=params,
         opt_state=jax.tree.map(zeros_if_abstract, opt_state),
-        key=jax.device_put(random_key(run.seed), device),
+        key=_owned(np.asarray(random_key(run.seed)), layout.sharding()),
     )
 
 
@@ -208,19 +217,19 @@ def _progress(weights: Weights, moments: bool, note: Callable[[str], None]) -> C
     return read
 
 
-def _move(tree: dict[str, Any], device: jax.sharding.Sharding) -> Params:
-    """The tree on the device; `tree` itself is emptied, so that no more than one leaf is ever held twice."""
+def _move(tree: dict[str, Any], like: Params) -> Params:
+    """The tree placed as `like` says; `tree` itself is emptied, so that no more than one leaf is ever held twice."""
     placed: Params = {}
     for key in list(tree):
         if isinstance(tree[key], dict):
-            placed[key] = _move(tree.pop(key), device)
+            placed[key] = _move(tree.pop(key), like[key])
         else:
-            placed[key] = _owned(tree.pop(key), device)
+            placed[key] = _owned(tree.pop(key), like[key].sharding)
     return placed
 
 
-def _owned(leaf: np.ndarray, device: jax.sharding.Sharding) -> jax.Array:
-    placed = jax.device_put(leaf, device)
+def _owned(leaf: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    placed = place_array(leaf, sharding)
     # On CPU this is NumPy's own memory still. A step cannot overwrite that in place, though the state is donated to
     # it: it would make a second copy of the whole state.
     if jax.default_backend() == "cpu":

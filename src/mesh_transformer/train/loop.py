@@ -12,12 +12,14 @@ from types import FrameType
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mesh_transformer.config.errors import RunError
 from mesh_transformer.config.run import RunConfig
 from mesh_transformer.model.policy import ComputePolicy
+from mesh_transformer.processes import Watchdog
+from mesh_transformer.sharding.batches import Batches
+from mesh_transformer.sharding.layout import ONE_DEVICE_LAYOUT, Layout
 from mesh_transformer.train.metrics import (
     StepMetrics,
     ValidationMetrics,
@@ -38,6 +40,19 @@ class Observer(Protocol):
     def validation(self, metrics: ValidationMetrics) -> None: ...
 
 
+class Silence:
+    """An observer that says nothing: that of every process but the first."""
+
+    def note(self, text: str) -> None:
+        pass
+
+    def step(self, metrics: StepMetrics) -> None:
+        pass
+
+    def validation(self, metrics: ValidationMetrics) -> None:
+        pass
+
+
 @dataclasses.dataclass(frozen=True)
 class Programs:
     """The compiled programs of a run; compiling consumes no batch and takes no step."""
@@ -46,22 +61,36 @@ class Programs:
     validate: Callable[[Any, Any], Any]
 
 
-def compile_programs(run: RunConfig, state: Any, policy: ComputePolicy) -> Programs:
-    """Compiles for the shapes of `state` (arrays or abstract) and of the run's batches."""
-    rows = jax.ShapeDtypeStruct((run.train.batch_size, run.data.sequence_length + 1), jnp.int32)
-    micro = jax.ShapeDtypeStruct((micro_batch_size(run), rows.shape[1]), jnp.int32)
+def compile_programs(run: RunConfig, state: Any, policy: ComputePolicy, layout: Layout = ONE_DEVICE_LAYOUT) -> Programs:
+    """Compiles for the shapes and shardings of `state` (arrays or abstract) and of the run's batches."""
     # The state is donated: the old parameters and moments are overwritten in place.
-    step = jax.jit(make_train_step(run.model, run.train, policy), donate_argnums=0)
-    validate = jax.jit(make_validation_step(run.model, policy))
-    return Programs(
-        step=step.lower(state, rows).compile(),
-        validate=validate.lower(state.params, micro).compile(),
-    )
+    step = jax.jit(make_train_step(run.model, run.train, policy, layout.rules), donate_argnums=0)
+    validate = jax.jit(make_validation_step(run.model, policy, layout.rules))
+    with layout.using():
+        return Programs(
+            step=step.lower(state, train_batches(run, layout).abstract).compile(),
+            validate=validate.lower(state.params, validation_batches_of(run, layout).abstract).compile(),
+        )
 
 
 def micro_batch_size(run: RunConfig) -> int:
     """Sequences whose activations exist at one time."""
     return run.train.batch_size // run.train.gradient_accumulation
+
+
+def train_batches(run: RunConfig, layout: Layout) -> Batches:
+    """The batches of an optimizer step."""
+    return Batches(
+        layout=layout,
+        batch_size=run.train.batch_size,
+        width=run.data.sequence_length + 1,
+        parts=run.train.gradient_accumulation,
+    )
+
+
+def validation_batches_of(run: RunConfig, layout: Layout) -> Batches:
+    """The batches of validation, as large as what a step computes with at one time."""
+    return Batches(layout=layout, batch_size=micro_batch_size(run), width=run.data.sequence_length + 1)
 
 
 class StopRequest:
@@ -110,31 +139,35 @@ def train_loop(
     programs: Programs,
     *,
     saved: int,
-    batches: Iterator[np.ndarray],
-    validation_sets: Mapping[str, Callable[[], Iterator[np.ndarray]]],
+    batches: Iterator[Any],
+    validation_sets: Mapping[str, Callable[[], Iterator[Any]]],
     save: Callable[[TrainState, int], None],
     observer: Observer,
-    stop: StopRequest,
+    stop: Callable[[int], int | None],
+    watchdog: Watchdog,
 ) -> Outcome:
     """Steps from `state` to `run.train.steps`.
 
     Args:
-        position: sequences consumed so far; `batches` continues from there, int32 [batch_size, T + 1].
+        position: sequences consumed so far; `batches` continues from there, each batch as the step takes it.
         saved: step of the newest checkpoint, 0 if there is none.
         save: called with the state and the position after steps that are to be kept.
+        stop: asked with the number of steps finished; the signal to stop by now, None to go on.
+        watchdog: told of every step; it is paused while anything else is done.
 
     Raises:
         RunError: the loss of a step, in training or validation, is not finite; nothing of that step is saved.
     """
     meter = _Meter(run)
     step = int(state.step)
-    # Looked at once a step: a signal that comes after the look has its step saved by the next round.
-    stopped_by = stop.signal
+    # Asked once a step: a signal that comes after the answer has its step saved by the next round.
+    stopped_by = stop(step)
     while step < run.train.steps and stopped_by is None:
         state, report = programs.step(state, next(batches))
         step += 1
         position += run.train.batch_size
         metrics = meter.measure(step, position, report)
+        watchdog.beat(step)
         if not math.isfinite(metrics.total_loss) or not math.isfinite(metrics.grad_norm):
             raise RunError(
                 f"step {step}: loss {metrics.total_loss} and gradient norm {metrics.grad_norm} are not both finite "
@@ -144,23 +177,36 @@ def train_loop(
         observer.step(metrics)
         last = step == run.train.steps
         if _due(step, run.train.validate_every, last):
-            for result in validate(step, state.params, programs, validation_sets):
-                if not math.isfinite(result.loss):
-                    raise RunError(
-                        f"step {step}: loss {result.loss} on validation set {result.validation!r} is not finite; "
-                        f"{_what_is_left(saved)}"
-                    )
-                observer.validation(result)
-        stopped_by = stop.signal
+            with watchdog.paused():
+                _validate(step, state.params, programs, validation_sets, observer, saved)
+        stopped_by = stop(step)
         if _due(step, run.train.checkpoint_every, last) or stopped_by is not None:
-            save(state, position)
+            with watchdog.paused():
+                save(state, position)
             saved = step
         meter.resume()
     return Outcome(state, position, saved, stopped_by)
 
 
+def _validate(
+    step: int,
+    params: Any,
+    programs: Programs,
+    validation_sets: Mapping[str, Callable[[], Iterator[Any]]],
+    observer: Observer,
+    saved: int,
+) -> None:
+    for result in validate(step, params, programs, validation_sets):
+        if not math.isfinite(result.loss):
+            raise RunError(
+                f"step {step}: loss {result.loss} on validation set {result.validation!r} is not finite; "
+                f"{_what_is_left(saved)}"
+            )
+        observer.validation(result)
+
+
 def validate(
-    step: int, params: Any, programs: Programs, validation_sets: Mapping[str, Callable[[], Iterator[np.ndarray]]]
+    step: int, params: Any, programs: Programs, validation_sets: Mapping[str, Callable[[], Iterator[Any]]]
 ) -> Iterator[ValidationMetrics]:
     """One ordered pass over each set (at most `validation_batches` batches); gives the mean loss of each."""
     for name, batches in validation_sets.items():

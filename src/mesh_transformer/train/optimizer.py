@@ -51,12 +51,24 @@ def make_optimizer(train: TrainConfig, cfg: ModelConfig) -> optax.GradientTransf
 
 def with_optimizer_state(opt_state: Any, mu: Params, nu: Params, adam_count: Any, schedule_count: Any) -> Any:
     """A state of `make_optimizer`'s chain, or its shapes, with these moments and counts in their places."""
+    trees, counts = iter((mu, nu)), iter((adam_count, schedule_count))
+    return map_optimizer_state(opt_state, lambda _: next(trees), lambda _: next(counts))
+
+
+def moments_of(opt_state: Any) -> tuple[Params, Params]:
+    """mu and nu of a state of `make_optimizer`'s chain."""
+    (adam,) = (part for part in opt_state if isinstance(part, optax.ScaleByAdamState))
+    return adam.mu, adam.nu
+
+
+def map_optimizer_state(opt_state: Any, moments: Callable[[Params], Params], count: Callable[[Any], Any]) -> Any:
+    """A state of `make_optimizer`'s chain: `moments` of mu, then of nu; `count` of Adam's, then of the schedule's."""
 
     def changed(part: Any) -> Any:
         if isinstance(part, optax.ScaleByAdamState):
-            return part._replace(count=adam_count, mu=mu, nu=nu)
+            return part._replace(count=count(part.count), mu=moments(part.mu), nu=moments(part.nu))
         if isinstance(part, optax.ScaleByScheduleState):
-            return part._replace(count=schedule_count)
+            return part._replace(count=count(part.count))
         return part
 
     return tuple(changed(part) for part in opt_state)

@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.config.run import RunConfig, TrainConfig
-from mesh_transformer.model.params import init_params
+from mesh_transformer.model.params import init_params, map_table
 from mesh_transformer.shapes import Array, Params
-from mesh_transformer.train.optimizer import make_optimizer
+from mesh_transformer.sharding.layout import ONE_DEVICE_LAYOUT, Layout
+from mesh_transformer.train.optimizer import make_optimizer, map_optimizer_state
 
 
 @jax.tree_util.register_dataclass
@@ -46,6 +48,20 @@ def random_key(seed: int) -> Array:
     return jax.random.key_data(jax.random.key(seed))
 
 
-def abstract_state(run: RunConfig) -> TrainState:
-    """Shapes and dtypes of the state, without arrays."""
-    return jax.eval_shape(lambda: initial_state(run.model, run.train, run.seed))
+def abstract_state(run: RunConfig, layout: Layout = ONE_DEVICE_LAYOUT) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without arrays."""
+    state = jax.eval_shape(lambda: initial_state(run.model, run.train, run.seed))
+    rules = layout.rules
+
+    def laid(leaf: Any, spec: PartitionSpec | None = None) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.sharding(spec))
+
+    def moments(tree: Params) -> Params:
+        return map_table(lambda s, leaf: laid(leaf, rules.moment(s.axes)), run.model, tree)
+
+    return TrainState(
+        step=laid(state.step),
+        params=map_table(lambda s, leaf: laid(leaf, rules.param(s.axes)), run.model, state.params),
+        opt_state=map_optimizer_state(state.opt_state, moments, laid),
+        key=laid(state.key),
+    )

@@ -9,10 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.config.run import TrainConfig
+from mesh_transformer.model.decoder import waits
 from mesh_transformer.model.loss import loss_report
+from mesh_transformer.model.params import ParamSpec, map_table
 from mesh_transformer.model.policy import ComputePolicy
 from mesh_transformer.shapes import Array, Float, Int, Params
 from mesh_transformer.sharding.rules import ONE_DEVICE, Rules
@@ -39,14 +42,18 @@ class StepReport:
 
 def make_train_step(
     model: ModelConfig, train: TrainConfig, policy: ComputePolicy, rules: Rules = ONE_DEVICE
-) -> Callable[[TrainState, Int[Array, "batch seq_plus_one"]], tuple[TrainState, StepReport]]:
-    """The function (state, rows of T + 1 ids) -> (next state, report)."""
+) -> Callable[[TrainState, Int[Array, "accumulation batch seq_plus_one"]], tuple[TrainState, StepReport]]:
+    """The function (state, rows of T + 1 ids) -> (next state, report).
+
+    The state rests as `rules.param` and `rules.moment` say, before and after; rows lie over the batch's devices.
+    """
     optimizer = make_optimizer(train, model)
     schedule = learning_rate_schedule(train)
     n_micro = train.gradient_accumulation
+    at_once = rules.gathered if rules.gather == "per_step" else rules
 
     def loss(params: Params, rows: Array) -> tuple[Array, Array]:
-        report = loss_report(params, rows, model, policy, rules, z_loss=train.z_loss, z_loss_kind=train.z_loss_kind)
+        report = loss_report(params, rows, model, policy, at_once, z_loss=train.z_loss, z_loss_kind=train.z_loss_kind)
         return report.total, jnp.stack([report.loss, report.last, report.z_loss, report.total])
 
     def gradient(params: Params, rows: Array) -> tuple[Params, Array]:
@@ -55,16 +62,20 @@ def make_train_step(
 
     def summed_gradient(params: Params, rows: Array) -> tuple[Params, Array]:
         if n_micro == 1:
-            return gradient(params, rows)
+            return gradient(params, rows[0])
         # Sums are kept in float32: adding many small gradients in bfloat16 would lose most of them.
-        nothing = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), params), jnp.zeros(4)
-        micro = rows.reshape(n_micro, rows.shape[0] // n_micro, rows.shape[1])
+        nothing = jax.tree.map(_zero_gradient, params), jnp.zeros(4)
         add = lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(params, part)), None)  # noqa: E731
-        return jax.lax.scan(add, nothing, micro)[0]
+        return jax.lax.scan(add, nothing, rows)[0]
 
     def step(state: TrainState, rows: Array) -> tuple[TrainState, StepReport]:
-        grads, scalars = summed_gradient(state.params, rows)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        grads, scalars = summed_gradient(_in_use(state.params, model, rules), rows)
+        # Gradients that were left unsummed over the batch's devices are summed here, once a step.
+        grads = map_table(lambda s, g: rules.place_moment(g, s.axes), model, grads)
+        # Every device updates the part whose moments it holds; what rests whole is then brought together again.
+        part = map_table(lambda s, w: rules.place_moment(w, s.axes), model, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, part)
+        updated = optax.apply_updates(part, updates)
         loss, last, z, total = scalars / n_micro
         report = StepReport(
             loss=loss,
@@ -74,10 +85,29 @@ def make_train_step(
             grad_norm=optax.tree.norm(grads) / n_micro,
             learning_rate=schedule(schedule_count(state.opt_state)),
         )
-        params = optax.apply_updates(state.params, updates)
+        params = map_table(lambda s, w: rules.place_param(w, s.axes), model, updated)
         return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), report
 
     return step
+
+
+def _in_use(params: Params, model: ModelConfig, rules: Rules) -> Params:
+    """Parameters as a step's passes take them: brought together beforehand where that is done once a step."""
+
+    def one(spec: ParamSpec, w: Array) -> Array:
+        if rules.gather == "per_step":
+            return rules.place_weight(w, spec.axes) if waits(spec, w) else rules.place(w, spec.axes)
+        return rules.place_waiting(w, spec.axes) if waits(spec, w) else w
+
+    return map_table(one, model, params)
+
+
+def _zero_gradient(w: Array) -> Array:
+    """Zeros in float32, lying as the gradient of `w` does."""
+    if not jax.typeof(w).sharding.mesh.axis_names:
+        return jnp.zeros(w.shape, jnp.float32)
+    spec = jax.typeof(w).sharding.spec
+    return jnp.zeros(w.shape, jnp.float32, out_sharding=PartitionSpec(*spec.partitions, unreduced=spec.reduced))
 
 
 def schedule_count(opt_state: Any) -> Int[Array, ""]:
