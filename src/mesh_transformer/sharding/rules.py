@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 
 from mesh_transformer.config.run import Gather
 from mesh_transformer.sharding.mesh import AXES, Sizes
+from mesh_transformer.sharding.moving import moved
 
 Where = Mapping[str, tuple[str, ...]]  # logical axis -> mesh axes, outermost first
 Axes = tuple[str | None, ...]  # logical axis names; None for an axis that is never split
@@ -91,27 +92,27 @@ class Rules:
         backward pass (Megatron's f; Shoeybi et al. 2019, section 3).
         """
         spec, held = self.use(axes), self.compute.get(over)
-        return _moved(x, spec if spec is None or held is None else PartitionSpec(*spec, reduced=set(held)))
+        return self._moved(x, spec if spec is None or held is None else PartitionSpec(*spec, reduced=set(held)))
 
     def place(self, x: Any, axes: Axes) -> Any:
         """`x` moved to where `use(axes)` says; sums a partial product (the layer's all-reduce)."""
-        return _moved(x, self.use(axes))
+        return self._moved(x, self.use(axes))
 
     def place_param(self, w: Any, axes: Axes) -> Any:
         """`w` moved to where the parameter rests."""
-        return _moved(w, self.param(axes))
+        return self._moved(w, self.param(axes))
 
     def place_moment(self, g: Any, axes: Axes) -> Any:
         """A gradient, or a parameter that is about to be updated, moved to where the moments rest."""
-        return _moved(g, self.moment(axes))
+        return self._moved(g, self.moment(axes))
 
     def place_weight(self, w: Any, axes: Axes) -> Any:
         """A matrix moved to where `weight` says."""
-        return _moved(w, self.weight(axes))
+        return self._moved(w, self.weight(axes))
 
     def place_waiting(self, w: Any, axes: Axes) -> Any:
         """A matrix marked as `waiting` says; nothing moves."""
-        return _moved(w, self.waiting(axes))
+        return self._moved(w, self.waiting(axes))
 
     @property
     def gathers(self) -> bool:
@@ -138,6 +139,12 @@ class Rules:
         sizes = jax.sharding.get_abstract_mesh().shape
         return math.prod(sizes[name] for name in self.compute.get(axis, ()))
 
+    def _moved(self, x: Any, spec: PartitionSpec | None) -> Any:
+        if spec is None or jax.typeof(x).sharding.spec == spec:
+            return x
+        # Within `jax.vmap` over the stages nothing can be done by hand.
+        return moved(x, spec) if self.n_stages == 1 else jax.sharding.reshard(x, spec)
+
     def _spec(self, where: Where, axes: Axes) -> PartitionSpec | None:
         if not self.on_mesh:
             return None
@@ -146,10 +153,6 @@ class Rules:
 
 def _entry(held: tuple[str, ...]) -> Any:
     return held[0] if len(held) == 1 else held or None
-
-
-def _moved(x: Any, spec: PartitionSpec | None) -> Any:
-    return x if spec is None or jax.typeof(x).sharding.spec == spec else jax.sharding.reshard(x, spec)
 
 
 ONE_DEVICE = Rules(on_mesh=False)

@@ -71,7 +71,7 @@ def make_train_step(
     def step(state: TrainState, rows: Array) -> tuple[TrainState, StepReport]:
         grads, scalars = summed_gradient(_in_use(state.params, model, rules), rows)
         # Gradients that were left unsummed over the batch's devices are summed here, once a step.
-        grads = map_table(lambda s, g: rules.place_moment(g, s.axes), model, grads)
+        grads = map_table(lambda s, g: rules.after_stages.place_moment(g, s.axes), model, grads)
         # Every device updates the part whose moments it holds; what rests whole is then brought together again.
         part = map_table(lambda s, w: rules.place_moment(w, s.axes), model, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, part)
