@@ -22,24 +22,26 @@ def collectives(text: str) -> dict[str, dict[str, Any]]:
     Returns:
         By kind: "count"; "bytes", of the whole arrays that result (of a reduce-scatter: that go in); "sent", bytes that
         each device sends: of n devices (n - 1) / n of these, for an all-reduce twice that, for a permutation all;
-        "by_group", bytes sent by the number of devices that take part.
+        "in_loops", those of them that are sent within loops; "by_group", bytes sent by the number of devices that take
+        part.
     """
     computations, entry = _computations(text)
     found: dict[str, dict[str, Any]] = {}
 
-    def walk(name: str, times: int) -> None:
+    def walk(name: str, times: int, looped: bool) -> None:
         for line in computations.get(name, ()):
             match = _COLLECTIVE.search(line)
             if match:
-                _add(found, match[2], _array_bytes(match[2], match[1], bool(match[3]), line), line, times)
+                _add(found, match[2], _array_bytes(match[2], match[1], bool(match[3]), line), line, times, looped)
             if _NOT_CALLS.search(line):
                 continue
-            again = times * _trip_count(line, computations) if " while(" in line else times
+            loop = " while(" in line
+            again = times * _trip_count(line, computations) if loop else times
             for group in _CALLED.findall(line):
                 for called in group.split(", "):
-                    walk(called.lstrip("%"), again)
+                    walk(called.lstrip("%"), again, looped or loop)
 
-    walk(entry, 1)
+    walk(entry, 1, False)
     return found
 
 
@@ -101,12 +103,13 @@ def _array_bytes(kind: str, shape: str, started: bool, line: str) -> int:
     return total
 
 
-def _add(found: dict[str, dict[str, Any]], kind: str, size: int, line: str, times: int) -> None:
+def _add(found: dict[str, dict[str, Any]], kind: str, size: int, line: str, times: int, looped: bool) -> None:
     n = _group_size(line)
     factor = 1.0 if kind == "collective-permute" else (2 if kind == "all-reduce" else 1) * (n - 1) / n
-    entry = found.setdefault(kind, {"count": 0, "bytes": 0, "sent": 0, "by_group": {}})
+    sent = round(times * size * factor)
+    entry = found.setdefault(kind, {"count": 0, "bytes": 0, "sent": 0, "in_loops": 0, "by_group": {}})
     entry["count"] += times
     entry["bytes"] += times * size
-    entry["sent"] += round(times * size * factor)
-    key = str(n)
-    entry["by_group"][key] = entry["by_group"].get(key, 0) + round(times * size * factor)
+    entry["sent"] += sent
+    entry["in_loops"] += sent if looped else 0
+    entry["by_group"][str(n)] = entry["by_group"].get(str(n), 0) + sent

@@ -1,7 +1,6 @@
 """What the devices send one another in a training step, as counted in the compiled programs of eight CPU devices.
 
-XLA:CPU sums whole gradients and keeps a device's part of them where XLA may scatter the sums on other platforms; the
-number of messages and what they hold are counted here, not how a platform carries them out.
+The number of messages and what they hold are counted here, not how a platform carries them out.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import pytest
 from hlo import Collective, Shape, collectives
 from mesh_cases import BATCH, MODEL, SEQUENCE, program_of
 
-from mesh_transformer.model.params import is_multiplied, named_specs, shape
+from mesh_transformer.model.params import is_multiplied, named_specs, shape, size
 
 N_LAYERS = MODEL.n_layers
 LAYERS = {name: spec for name, spec in named_specs(MODEL).items() if name.startswith("layers/")}
@@ -122,11 +121,24 @@ def test_a_pipeline_hands_on_once_a_tick_and_sums_once_a_block() -> None:
     assert not [m for m in messages if m.kind == "all-gather"]
 
 
-def test_a_split_sequence_is_brought_together_once_and_summed_once_a_block() -> None:
+def test_a_split_sequence_is_brought_together_once_and_summed_in_parts_once_a_block() -> None:
     messages = sent("data x tensor, sequence")
-    stream = (BATCH // 2, SEQUENCE, MODEL.d_model)
+    whole = (BATCH // 2, SEQUENCE, MODEL.d_model)
+    part = (BATCH // 2, SEQUENCE // 4, MODEL.d_model)
     for phase in ("forward", "backward"):
         (together,) = some(messages, "all-gather", phase, loops=1)
-        assert (together.shapes, together.times) == ((stream,), N_LAYERS)
-    (summed,) = some(messages, "all-reduce", "forward", loops=1)
-    assert (summed.shapes, summed.times) == ((stream,), N_LAYERS)
+        assert (together.shapes, together.times) == ((whole,), N_LAYERS)
+        (summed,) = some(messages, "reduce-scatter", phase, loops=1)
+        assert (summed.shapes, summed.times) == ((part,), N_LAYERS)
+
+
+def test_zero_3_sums_a_layer_s_gradients_in_parts() -> None:
+    """Over fsdp in each layer; over data once a step, a device's part of all layers."""
+    messages, ways = sent("data x fsdp x tensor, zero 3"), 2
+    matrices = [s for s in LAYERS.values() if is_multiplied(s)]
+    within = some(messages, "reduce-scatter", "backward", loops=1)
+    assert {m.times for m in within} == {N_LAYERS}
+    assert sum(m.n_bytes for m in within) == sum(4 * size(s, MODEL) // N_LAYERS // ways // ways for s in matrices)
+    assert not [
+        m for m in messages if m.kind == "all-reduce" and m.loops and m.n_bytes > max(m.n_bytes for m in within)
+    ]

@@ -141,8 +141,9 @@ def run_blocks(
 
 
 def _all_but_gathered(operation: Any, *_: Any, **settings: Any) -> bool:
-    """The checkpoint policy that keeps everything but parameters brought together, and what brings them together."""
-    return operation.name != "reshard" and settings.get("name") != _GATHERED
+    """The checkpoint policy that keeps everything but parameters brought together, and what moves over the mesh."""
+    moves = operation.name == "reshard" or operation.name.startswith("all_gather")
+    return not moves and settings.get("name") != _GATHERED
 
 
 def block(
