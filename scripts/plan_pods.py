@@ -32,7 +32,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pod_cases import CASES, DEVICES, STRATEGIES, Case
+from pod_cases import CASES, DEVICES, LAYERS_FEW, LAYERS_MORE, STRATEGIES, Case
 from pod_hlo import collectives
 from pod_tables import write_tables
 
@@ -190,9 +190,9 @@ def count_collectives() -> dict[str, Any]:
 
     found = {}
     for name, mesh in STRATEGIES:
-        few, many = counted(8, mesh), counted(16, mesh)
-        layer = {kind: (many[kind]["count"] - few[kind]["count"]) / 8 for kind in many if kind in few}
-        step = {kind: few[kind]["count"] - 8 * layer.get(kind, 0) for kind in few}
+        few, many = counted(LAYERS_FEW, mesh), counted(LAYERS_FEW + LAYERS_MORE, mesh)
+        layer = {kind: (many[kind]["count"] - few[kind]["count"]) / LAYERS_MORE for kind in many if kind in few}
+        step = {kind: few[kind]["count"] - LAYERS_FEW * layer.get(kind, 0) for kind in few}
         found[name] = {"a_layer": layer, "a_step": step, "few": few, "many": many}
     return found
 

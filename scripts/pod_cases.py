@@ -150,7 +150,9 @@ CASES = (
     _case("64 x H100", "H100", LARGE, rows=32, target="cpu", tensor=8, pipeline=8, microbatches=32),
     _case("256 x 80 GB", "H100", LARGE, rows=4, target="cpu", data=4, fsdp=8, tensor=8),
     _case("256 x 80 GB", "H100", LARGE, rows=2, target="cpu", fsdp=256, zero=3),
+    _case("v5p, 8 chips", "TPU v5p", SMALL, rows=4, fsdp=8, zero=3),
     _case("v5p, 64 chips", "TPU v5p", LARGE, rows=4, fsdp=16, tensor=4, zero=3),
+    _case("v5p, 64 chips", "TPU v5p", LARGE, rows=4, fsdp=8, tensor=8, zero=3),
     # As many tokens in shorter sequences: what of the CPU's temporaries are attention's scores.
     _case("8 x H100", "H100", SMALL, rows=8, length=1024, target="cpu", fsdp=8, zero=3),
     _case("8 x H100", "H100", SMALL, rows=32, length=256, target="cpu", fsdp=8, zero=3),
@@ -159,15 +161,18 @@ CASES = (
     _case("v3-8", "TPU v3", SMALL, target="cpu", fsdp=8, zero=3),
 )
 
-# Every strategy on eight devices, for a small model whose collectives are counted.
+# Every strategy on eight devices, for a small model whose collectives are counted: so many layers, and so many more.
+LAYERS_FEW, LAYERS_MORE = 8, 8
 STRATEGIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("data 8", {"data": 8}),
     ("fsdp 8, zero 1", {"fsdp": 8}),
     ("fsdp 8, zero 3, per_layer", {"fsdp": 8, "zero": 3}),
+    ("data 2 x fsdp 4, zero 3, per_layer", {"data": 2, "fsdp": 4, "zero": 3}),
     ("fsdp 8, zero 3, per_step", {"fsdp": 8, "zero": 3, "gather": "per_step"}),
     ("tensor 8", {"tensor": 8}),
     ("tensor 8, shard_sequence", {"tensor": 8, "shard_sequence": True}),
     ("fsdp 2 x tensor 4, zero 3", {"fsdp": 2, "tensor": 4, "zero": 3}),
     ("pipeline 8", {"pipeline": 8}),
     ("data 2 x pipeline 4", {"data": 2, "pipeline": 4}),
+    ("fsdp 2 x pipeline 4, zero 3", {"fsdp": 2, "pipeline": 4, "zero": 3}),
 )

@@ -74,18 +74,20 @@ def _trip_count(line: str, computations: dict[str, list[str]]) -> int:
 
 def _group_size(line: str) -> int:
     """Devices that take part in a collective together; 1 for a permutation, which has pairs."""
+    if "replica_groups=" not in line:
+        return 1
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
     if listed:
         return len(listed[1].split(","))
     iota = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
     if iota:
         return int(iota[1])
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\]\S* ?\{([^}]*)\}", line)
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line)
     if named:
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
         parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
         return math.prod(int(part or sizes[axis]) for axis, part in parts)
-    return 1
+    raise ValueError(f"groups of devices in an unknown notation: {line.strip()[:400]}")
 
 
 def _array_bytes(kind: str, shape: str, started: bool, line: str) -> int:

@@ -1,54 +1,76 @@
 """A model on paper of what a training step sends, and how long that takes at the makers' bandwidths.
 
-It agrees with what the TPU's compiler makes (tests/house/test_pods_script.py compares the stored counts). Times are
-those of full links and of nothing else, neither latency nor overlap with arithmetic.
+The bytes are those of the programs that XLA's CPU compiler makes (tests/house/test_pods_script.py compares the stored
+counts). Times are those of full links and of nothing else, neither latency nor overlap with arithmetic.
 """
 
 from __future__ import annotations
 
+import math
+
 from pod_cases import DEVICES, Case
 
-# Sums of a whole activation over `tensor` in each layer: one forward, and one backward if the compiler adds the
-# gradients of the four products that read the same input before it sends them. The TPU's compiler does.
-SUMS_A_LAYER = 2
 
-
-def traffic(case: Case, *, gathered_itemsize: int = 2, sums_a_layer: int = SUMS_A_LAYER) -> dict[str, float]:
-    """Bytes that one device sends in a step, by what they are: of the layers, without the head's own sums over tensor.
+def traffic(case: Case, *, gathered_itemsize: int = 2, scattered: bool = True) -> dict[str, float]:
+    """Bytes that one device sends in a step, by what they are; without scalars a token, as the losses are.
 
     Args:
-        gathered_itemsize: bytes of a value that ZeRO 3 gathers in each layer: 2 where the compiler rounds to bfloat16
+        gathered_itemsize: bytes of a value that is gathered in each layer: 2 where the compiler rounds to bfloat16
             before it sends (TPU), 4 where it rounds after (CPU).
-        sums_a_layer: activations that a layer sums over `tensor`, both ways together.
+        scattered: a sum of which each device keeps a part is sent as a reduce-scatter; otherwise whole arrays are
+            summed.
     """
     from mesh_transformer.config.presets import preset
-    from mesh_transformer.model.params import named_specs, size
+    from mesh_transformer.model.params import is_multiplied, named_specs, size
+    from mesh_transformer.model.policy import ComputePolicy
 
     model, mesh = preset(case.preset), case.mesh
-    tensor, stages, fsdp = (mesh.get(axis, 1) for axis in ("tensor", "pipeline", "fsdp"))
-    batch_ways = mesh["data"] * fsdp
+    tensor, stages, fsdp, data = (mesh.get(axis, 1) for axis in ("tensor", "pipeline", "fsdp", "data"))
+    zero, parts, micro = mesh.get("zero", 1), case.accumulation, max(1, case.microbatches)
     specs = named_specs(model).values()
-    stacked = sum(size(spec, model) for spec in specs if "layers" in spec.axes) / tensor / stages
-    others = sum(size(spec, model) for spec in specs if "layers" not in spec.axes) / tensor
-    held = stacked + others  # parameters that a device computes with
-    activation = 4 * case.rows * (case.length or model.n_ctx) * model.d_model  # float32, of all rows at one time
-    parts, micro = case.accumulation, max(1, case.microbatches)
+
+    def held(layers: bool, matrices: bool) -> float:
+        """Parameters that a device computes with."""
+        chosen = [s for s in specs if ("layers" in s.axes) == layers and is_multiplied(s) == matrices]
+        return sum(size(s, model) for s in chosen) / tensor / (stages if layers else 1)
+
+    stacked, head = held(True, True), held(False, True)  # the matrices of the layers and of the head
+    vectors, tables = held(True, False), held(False, False)  # the embedding is a table
+    length = case.length or model.n_ctx
+    chunks = math.ceil(length / max(1, min(length, ComputePolicy.loss_chunk * stages // case.rows)))
+    activation = 4 * case.rows * length * model.d_model  # float32, of all rows at one time
     ticks = micro + stages - 1
-    summed = others + stacked * (ticks if stages > 1 else 1)  # a pipeline sums its layers' gradients in every tick
-    sent = {"gradients": 2 * _share(batch_ways) * 4 * summed * parts}
-    if fsdp > 1 and mesh.get("zero", 1) == 1:
-        sent["updated parameters"] = _share(fsdp) * 4 * held
-    if fsdp > 1 and mesh.get("zero", 1) == 3:
-        per_layer = 2 * _share(fsdp) * gathered_itemsize * held * parts
-        sent["gathered parameters"] = per_layer if case.gather == "per_layer" else _share(fsdp) * 4 * held
-    layers = model.n_layers / stages * (ticks / micro)  # a stage also works in the ticks that it idles
-    sent["tensor"] = parts * layers * sums_a_layer * 2 * _share(tensor) * activation
-    if stages > 1:
-        sent["pipeline"] = parts * 2 * ticks / micro * activation
-    return {what: size for what, size in sent.items() if size}
+    often = ticks if stages > 1 else 1  # a stage's passes; it also works in the ticks that it idles
+    each_layer = zero == 3 and case.gather == "per_layer"
+    in_parts = 1 if scattered else 2
+
+    # A stage's matrices are summed in every pass, all others as seldom as they can be.
+    waiting = head if stages > 1 else head + stacked
+    at_once = tables + often * (vectors + stacked if stages > 1 else vectors)
+    sums = 2 * _share(data * fsdp) * parts * at_once + 2 * _share(data) * waiting / fsdp
+    over_fsdp = waiting + (chunks - 1) * head if each_layer and scattered else waiting
+    sums += in_parts * _share(fsdp) * (parts if each_layer else 1) * over_fsdp
+    sums += 2 * _share(stages) * parts * chunks * head
+    sent = {"gradients": 4 * sums}
+    if fsdp > 1 and each_layer:  # the backward pass gathers a layer again, and the head for every chunk of the loss
+        rounded = 2 * often * stacked + (1 + chunks) * head
+        exact = 2 * often * vectors + tables
+        sent["gathered parameters"] = _share(fsdp) * parts * (gathered_itemsize * rounded + 4 * exact)
+    elif fsdp > 1:
+        what = "gathered parameters" if zero == 3 else "updated parameters"
+        sent[what] = _share(fsdp) * 4 * (stacked + head + vectors + tables)
+    passes = model.n_layers / stages * often / micro
+    # A divided stream is gathered before a layer, again when the backward pass computes the layer again, and backward.
+    whole = stages > 1 or not scattered
+    a_layer = 3 * gathered_itemsize / 4 + (4 if whole else 2) if mesh.get("shard_sequence") else 4
+    sent["tensor"] = parts * (a_layer * passes + 2 + 2 / stages) * _share(tensor) * activation
+    if stages > 1:  # to the next stage and back; what enters the stages, and what leaves them
+        between = activation / (tensor if mesh.get("shard_sequence") else 1)
+        sent["pipeline"] = parts * (2 * ticks / micro + 2 * _share(stages) + 2) * between
+    return {what: amount for what, amount in sent.items() if amount}
 
 
-def seconds(case: Case, **how: int) -> dict[str, float]:
+def seconds(case: Case) -> dict[str, float]:
     """`traffic` at the speed of the links that it goes over."""
     device, mesh = DEVICES[case.device], case.mesh
     tensor, fsdp = mesh.get("tensor", 1), mesh.get("fsdp", 1)
@@ -56,7 +78,7 @@ def seconds(case: Case, **how: int) -> dict[str, float]:
     over = {"gradients": (batch, tensor), "tensor": (tensor, 1), "pipeline": (mesh.get("pipeline", 1), tensor * batch)}
     over |= dict.fromkeys(("updated parameters", "gathered parameters"), (fsdp, tensor))
     times = {}
-    for what, size in traffic(case, **how).items():
+    for what, size in traffic(case).items():
         n, inner = over[what]
         together = max(1, min(n, device.n_near // inner))  # devices of a ring that lie in one node
         spans = n * inner > device.n_near

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
 
-from pod_cases import DEVICES, GIB
+from pod_cases import DEVICES, GIB, LAYERS_FEW, LAYERS_MORE, Case
 from pod_links import PAPER, arithmetic_seconds, seconds, traffic
 
 
@@ -79,12 +80,15 @@ def _sent(cases: list[dict[str, Any]]) -> str:
     for case in cases:
         found = case.get("compiled", {}).get("collectives")
         if found and not case["length"]:
-            kinds = [f"{kind} {of['count']} x, {of['sent'] / 1e9:.1f}" for kind, of in found.items()]
+            kinds = [f"{kind} {of['count']} x, {of['sent'] / 1e9:.1f}" for kind, of in sorted(found.items())]
             total = sum(of["sent"] for of in found.values()) / 1e9
+            planned = Case(**{field.name: case[field.name] for field in dataclasses.fields(Case)})
+            formulas = sum(traffic(planned, gathered_itemsize=2 if planned.target == "tpu" else 4).values()) / 1e9
             target = case["target"].upper()
             cells = [case["pod"], case["preset"], _mesh(case), str(case["rows"]), target, "; ".join(kinds)]
-            rows.append([*cells, f"{total:.1f}"])
-    return _rows("pod | model | mesh | sequences | compiler | collectives, GB sent | GB in all", rows)
+            rows.append([*cells, f"{total:.1f}", f"{formulas:.1f}"])
+    header = "pod | model | mesh | sequences | compiler | collectives, GB sent | GB in all | GB by the formulas"
+    return _rows(header, rows)
 
 
 def _paper() -> str:
@@ -109,7 +113,13 @@ def _links() -> str:
 
 def _strategies(found: dict[str, Any]) -> str:
     def told(counts: dict[str, float]) -> str:
-        return ", ".join(f"{n:g} {kind}" for kind, n in counts.items() if n) or "none"
+        return ", ".join(f"{n:g} {kind}" for kind, n in sorted(counts.items()) if n) or "none"
 
-    rows = [[name, told(of["a_layer"]), told(of["a_step"])] for name, of in found.items()]
-    return _rows("mesh | for each layer | for each step beside", rows)
+    rows = []
+    for name, of in found.items():
+        few, many = of["few"], of["many"]
+        looped = [sum(kind["in_loops"] for kind in counted.values()) for counted in (few, many)]
+        layer = (looped[1] - looped[0]) / LAYERS_MORE
+        beside = sum(kind["sent"] for kind in few.values()) - LAYERS_FEW * layer
+        rows.append([name, told(of["a_layer"]), f"{layer / 1e6:.2f}", told(of["a_step"]), f"{beside / 1e6:.1f}"])
+    return _rows("mesh | in each layer | MB | in each step beside | MB", rows)

@@ -10,13 +10,20 @@ import jax
 import numpy as np
 import optax
 import pytest
-from mesh_cases import CASES, QUICKLY, learnable_rows, program_of, run_of
+from generation_cases import Agreement, greedy_agreement
+from mesh_cases import CASES, MODEL, QUICKLY, learnable_rows, program_of, run_of
 
+from mesh_transformer.api import Model
+from mesh_transformer.model.policy import ComputePolicy
+from mesh_transformer.sample.generate import Generator
+from mesh_transformer.sample.options import SamplingOptions
 from mesh_transformer.sharding.layout import layout_for
 from mesh_transformer.sharding.mesh import AXES
 from mesh_transformer.train.state import abstract_state, initial_state
 
 STEPS = 20
+PROMPTS = [[1, 2, 3], [10, 12], [40, 43, 46, 49], [7]]
+GREEDY = SamplingOptions(max_tokens=12, temperature=0.0)
 # Together they use every axis and every feature; the others run with `make test-long`.
 QUICK = (
     "tensor",
@@ -30,12 +37,17 @@ EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trained:
-    """losses, norms: of every step. mu, nu: the moments after the first, whose gradients they are up to a factor."""
+    """losses, norms: of every step. mu, nu: the moments after the first, whose gradients they are up to a factor.
+
+    params: after the last step; texts: what they write greedily, on one device.
+    """
 
     losses: np.ndarray
     norms: np.ndarray
     mu: Any
     nu: Any
+    params: Any
+    texts: list[list[int]]
 
 
 @functools.cache
@@ -49,7 +61,15 @@ def trained(name: str) -> Trained:
             (adam,) = (part for part in state.opt_state if isinstance(part, optax.ScaleByAdamState))
             mu, nu = jax.tree.map(np.asarray, (adam.mu, adam.nu))
     losses, norms = (np.array([float(getattr(r, field)) for r in reports]) for field in ("loss", "grad_norm"))
-    return Trained(losses=losses, norms=norms, mu=mu, nu=nu)
+    params = writer().params = jax.tree.map(np.asarray, state.params)
+    texts = [c.tokens for c in writer().generate(PROMPTS, [GREEDY] * len(PROMPTS))]
+    return Trained(losses=losses, norms=norms, mu=mu, nu=nu, params=params, texts=texts)
+
+
+@functools.cache
+def writer() -> Generator:
+    """Writes with whatever parameters it is given, so that its programs are compiled once."""
+    return Generator(MODEL, {}, ComputePolicy(), None)
 
 
 def assert_close(tree: Any, expected: Any, tolerance: float) -> None:
@@ -93,3 +113,11 @@ def test_a_mesh_trains_as_one_device_does(name: str) -> None:
     # From zero moments Adam's first is a tenth of the gradient after clipping, its second a thousandth of the square.
     assert_close(here.mu, alone.mu, 1e-5)
     assert_close(here.nu, alone.nu, 2e-5)
+    assert_writes_alike(name)
+
+
+def assert_writes_alike(name: str) -> Agreement:
+    """The same tokens wherever the two likeliest are further apart than trained parameters differ."""
+    alone = trained("one device")
+    model = Model(MODEL, alone.params, None, ComputePolicy())
+    return greedy_agreement(PROMPTS, alone.texts, trained(name).texts, model, bound=1e-3)
