@@ -53,8 +53,8 @@ def traffic(case: Case, *, gathered_itemsize: int = 2, scattered: bool = True) -
     sums += 2 * _share(stages) * parts * chunks * head
     sent = {"gradients": 4 * sums}
     if fsdp > 1 and each_layer:  # the backward pass gathers a layer again, and the head for every chunk of the loss
-        rounded = 2 * often * stacked + (1 + chunks) * head
-        exact = 2 * often * vectors + tables
+        rounded = (1 + often) * stacked + (1 + chunks) * head
+        exact = (1 + often) * vectors + tables
         sent["gathered parameters"] = _share(fsdp) * parts * (gathered_itemsize * rounded + 4 * exact)
     elif fsdp > 1:
         what = "gathered parameters" if zero == 3 else "updated parameters"

@@ -46,6 +46,7 @@ def test_train_defaults():
         "remat": "none",
         "gather": "per_layer",
         "pipeline_microbatches": 0,
+        "pipeline_interleave": 1,
         "step_timeout": None,
         "validate_every": 0,
         "validation_batches": 100,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mesh_transformer.config.errors import ConfigError
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.config.run import DataConfig, MeshConfig, RunConfig, TrainConfig
-from mesh_transformer.sharding.mesh import Sizes, check_model, check_run, mesh_sizes
+from mesh_transformer.sharding.mesh import Sizes, bubble_fraction, check_model, check_run, mesh_sizes
 
 WAYS = st.integers(1, 12)
 MODEL = ModelConfig(n_layers=12, d_model=48, n_heads=12, n_vocab=96, n_ctx=23, d_ff=96)
@@ -159,3 +159,29 @@ def test_a_sequence_that_tensor_cannot_split(tensor: int, sequence: int) -> None
         check_run(sizes, run)
     better = as_fields(refused(error.value, tensor, sequence), "data")
     check_run(sizes, dataclasses.replace(run, data=dataclasses.replace(run.data, **better)))
+
+
+@given(pipeline=st.sampled_from([1, 2, 3, 4]), held=st.integers(1, 12), rounds=st.integers(1, 15))
+def test_rounds_of_a_pipeline(pipeline: int, held: int, rounds: int) -> None:
+    sizes = Sizes(pipeline=pipeline)
+    run = a_run(sizes, batch_size=pipeline, pipeline_interleave=rounds)
+    run = dataclasses.replace(run, model=dataclasses.replace(MODEL, n_layers=held * pipeline))
+    if (pipeline > 1 and held % rounds == 0) or (pipeline == 1 and rounds == 1):
+        check_run(sizes, run)
+        return
+    with pytest.raises(ConfigError) as error:
+        check_run(sizes, run)
+    if pipeline == 1:
+        assert str(error.value).startswith(f"train.pipeline_interleave = {rounds} needs stages, and mesh.pipeline is 1")
+        return
+    assert str(error.value).startswith(f"train.pipeline_interleave = {rounds} must divide the {held} layers of a stage")
+    fits = int(re.search(r"; (\d+) would do$", str(error.value))[1])  # type: ignore[index]
+    check_run(sizes, dataclasses.replace(run, train=dataclasses.replace(run.train, pipeline_interleave=fits)))
+
+
+def test_what_a_pipeline_leaves_idle() -> None:
+    """Counted in the ticks of the schedule: a stage works in rounds x microbatches of them."""
+    for stages, microbatches, rounds in ((4, 8, 1), (4, 8, 2), (2, 2, 4)):
+        ticks = rounds * microbatches + stages - 1
+        assert bubble_fraction(stages, microbatches, rounds) == pytest.approx(1 - rounds * microbatches / ticks)
+    assert bubble_fraction(4, 16) == pytest.approx(3 / 19)

@@ -31,6 +31,7 @@ QUICK = (
     "data x fsdp, zero 3, accumulation",
     "pipeline x data, few microbatches",
     "pipeline x fsdp x tensor, zero 3",
+    "pipeline x tensor, interleaved",
 )
 EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in CASES if name != "one device"]
 
@@ -86,7 +87,7 @@ def test_the_quick_meshes_use_every_axis_and_feature() -> None:
     assert any(case.mesh.shard_sequence for case in quick)
     assert {case.mesh.zero for case in quick} == {1, 3}
     used = set().union(*(case.train for case in quick))
-    assert {"gather", "gradient_accumulation", "pipeline_microbatches"} <= used
+    assert {"gather", "gradient_accumulation", "pipeline_microbatches", "pipeline_interleave"} <= used
 
 
 def test_initial_values_do_not_depend_on_the_mesh() -> None:

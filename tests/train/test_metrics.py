@@ -57,11 +57,12 @@ def test_flops_per_token_counts_no_table_and_no_vector() -> None:
     assert flops_per_token(fixed, 5) == by_hand
 
 
-def test_peak_flops_is_of_all_devices_and_of_known_ones_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert peak_flops() is None  # a CPU
-    h100 = types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(jax, "devices", lambda: [h100, h100])
-    assert peak_flops() == 2 * 989e12
+def test_peak_flops_is_of_the_devices_used_and_of_known_ones_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert peak_flops(8) is None  # a CPU
+    for kind, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("TPU v3", 61.5e12)):
+        device = types.SimpleNamespace(device_kind=kind)
+        monkeypatch.setattr(jax, "devices", lambda device=device: [device, device, device])
+        assert peak_flops(2) == 2 * peak
 
 
 def test_a_line_stands_as_soon_as_it_is_written(tmp_path: Path) -> None:

@@ -41,13 +41,12 @@ def launch(
     import os
 
     from mesh_transformer.cli.console import TrainingDisplay, note, stopped_note
-    from mesh_transformer.cli.train import _begin_from
+    from mesh_transformer.cli.train import begin_from_options, check_new
     from mesh_transformer.cluster.launch import run_on_workers
     from mesh_transformer.cluster.options import ClusterOptions
     from mesh_transformer.cluster.worker import TrainingTask, traces
-    from mesh_transformer.config.errors import UserError
     from mesh_transformer.config.load import load_run_config, to_toml
-    from mesh_transformer.train.run import has_run, open_data
+    from mesh_transformer.train.run import open_data
 
     options = ClusterOptions(
         workers=workers,
@@ -56,7 +55,7 @@ def launch(
         max_failures=max_failures,
         worker_timeout=worker_timeout,
     )
-    begin_from = _begin_from(
+    begin_from = begin_from_options(
         init_from, fresh_optimizer=fresh_optimizer, keep_schedule=keep_schedule, step=init_step, config=init_config
     )
     if begin_from is not None and os.path.exists(begin_from.model):
@@ -66,11 +65,7 @@ def launch(
     run, notes = load_run_config(config, set_, n_devices=lambda: workers * devices_per_worker)
     for line in notes:
         note(line)
-    if new and not yes and has_run(run.run_directory):
-        raise UserError(
-            f"{run.run_directory} holds an earlier run, which --new would delete\nadd --yes to delete it, "
-            "or give this run another name"
-        )
+    check_new(run, new=new, yes=yes)
     if address is None:
         open_data(run)  # what is wrong with it is said before a cluster is started
     task = TrainingTask(

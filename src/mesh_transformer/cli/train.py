@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
+    from mesh_transformer.config.run import RunConfig
     from mesh_transformer.train.init_from import InitFrom
 
 
@@ -45,25 +46,20 @@ def train(
 
     start_session()
     from mesh_transformer.cli.console import TrainingDisplay, note, stopped_note
-    from mesh_transformer.config.errors import UserError
     from mesh_transformer.config.load import load_run_config
     from mesh_transformer.processes import join
     from mesh_transformer.sharding.mesh import device_count
     from mesh_transformer.train.loop import Silence
-    from mesh_transformer.train.run import has_run
     from mesh_transformer.train.run import train as run_training
 
-    begin_from = _begin_from(
+    begin_from = begin_from_options(
         init_from, fresh_optimizer=fresh_optimizer, keep_schedule=keep_schedule, step=init_step, config=init_config
     )
     processes = join(note)
     with processes.agree("configuration"):
         run, notes = load_run_config(config, set_, n_devices=device_count)
-        if new and not yes and processes.is_first and has_run(run.run_directory):
-            raise UserError(
-                f"{run.run_directory} holds an earlier run, which --new would delete\nadd --yes to delete it, "
-                "or give this run another name"
-            )
+        if processes.is_first:
+            check_new(run, new=new, yes=yes)
     for line in notes if processes.is_first else ():
         note(line)
     with TrainingDisplay(run.train.steps) if processes.is_first else contextlib.nullcontext() as display:
@@ -76,9 +72,30 @@ def train(
         note(f"done: step {result.step}; see {run.run_directory}")
 
 
-def _begin_from(
+def check_new(run: RunConfig, *, new: bool, yes: bool) -> None:
+    """Returns if no earlier run would be deleted without `yes`.
+
+    Raises:
+        UserError: one would.
+    """
+    from mesh_transformer.config.errors import UserError
+    from mesh_transformer.train.run import has_run
+
+    if new and not yes and has_run(run.run_directory):
+        raise UserError(
+            f"{run.run_directory} holds an earlier run, which --new would delete\nadd --yes to delete it, "
+            "or give this run another name"
+        )
+
+
+def begin_from_options(
     model: str | None, *, fresh_optimizer: bool, keep_schedule: bool, step: int | None, config: str | None
 ) -> InitFrom | None:
+    """What the options say of the model to begin from; None without one.
+
+    Raises:
+        ConfigError: an option says how to begin from a model, and none is given.
+    """
     from mesh_transformer.config.errors import ConfigError
     from mesh_transformer.train.init_from import InitFrom
 

@@ -84,6 +84,7 @@ class TrainConfig:
     remat: Remat = "none"
     gather: Gather = "per_layer"  # when parameters that rest in shards (mesh.zero = 3) are brought together
     pipeline_microbatches: int = 0  # parts of a batch that follow one another through the stages; 0: chosen
+    pipeline_interleave: int = 1  # parts of a stage's layers, dealt to the stages in turn
     step_timeout: float | None = _FROM_OTHERS  # seconds; 0: for ever; None: 600 among several processes
     validate_every: int = 0  # steps; 0: never
     validation_batches: int = 100
@@ -92,7 +93,8 @@ class TrainConfig:
     keep_last: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation", "checkpoint_every", "keep_last"):
+        at_least_one = ("steps", "batch_size", "gradient_accumulation", "pipeline_interleave", "checkpoint_every")
+        for name in (*at_least_one, "keep_last"):
             checks.check_count(f"train.{name}", getattr(self, name), 1)
         for name in ("validate_every", "validation_batches", "keep_every", "pipeline_microbatches"):
             checks.check_count(f"train.{name}", getattr(self, name), 0)

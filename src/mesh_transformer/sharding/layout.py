@@ -77,6 +77,7 @@ def layout_for(run: RunConfig, *, n_processes: int = 1, devices: Sequence[Any] |
         gather=run.train.gather,
         shard_sequence=run.mesh.shard_sequence,
         n_microbatches=n_microbatches(sizes, run),
+        n_rounds=run.train.pipeline_interleave,
     )
     return Layout(sizes=sizes, mesh=make_mesh(sizes, found), rules=rules)
 
@@ -108,8 +109,10 @@ def describe(layout: Layout, n_devices: int) -> str:
     )
     line = f"mesh: {sizes}{unused}"
     if rules.n_stages > 1:
-        idle = bubble_fraction(rules.n_stages, rules.n_microbatches)
-        line += f"; {rules.n_stages} stages, {rules.n_microbatches} microbatches: each stage idles {idle:.1%} of a step"
+        idle = bubble_fraction(rules.n_stages, rules.n_microbatches, rules.n_rounds)
+        rounds = f" in {rules.n_rounds} rounds" if rules.n_rounds > 1 else ""
+        line += f"; {rules.n_stages} stages, {rules.n_microbatches} microbatches{rounds}: each stage idles {idle:.1%}"
+        line += " of a step"
     return line
 
 

@@ -138,11 +138,13 @@ def check_run(sizes: Sizes, run: RunConfig) -> None:
         )
     if sizes.pipeline > 1:
         _check_microbatches(sizes, run)
-    elif run.train.pipeline_microbatches:
-        raise ConfigError(
-            f"train.pipeline_microbatches = {run.train.pipeline_microbatches} needs stages, and mesh.pipeline is 1; "
-            "leave it out, or set mesh.pipeline"
-        )
+        _check_rounds(sizes, run)
+    for name, idle in (("pipeline_microbatches", 0), ("pipeline_interleave", 1)):
+        given = getattr(run.train, name)
+        if sizes.pipeline == 1 and given != idle:
+            raise ConfigError(
+                f"train.{name} = {given} needs stages, and mesh.pipeline is 1; leave it out, or set mesh.pipeline"
+            )
     if run.mesh.shard_sequence and run.data.sequence_length % sizes.tensor:
         length = run.data.sequence_length
         nearest = _nearest_multiple(length, sizes.tensor)
@@ -172,6 +174,15 @@ def _check_microbatches(sizes: Sizes, run: RunConfig) -> None:
         )
 
 
+def _check_rounds(sizes: Sizes, run: RunConfig) -> None:
+    held, rounds = run.model.n_layers // sizes.pipeline, run.train.pipeline_interleave
+    if held % rounds:
+        raise ConfigError(
+            f"train.pipeline_interleave = {rounds} must divide the {held} layers of a stage (model.n_layers = "
+            f"{run.model.n_layers} over mesh.pipeline = {sizes.pipeline}); {_nearest_divisor(held, rounds)} would do"
+        )
+
+
 def n_microbatches(sizes: Sizes, run: RunConfig) -> int:
     """Microbatches of the run's pipeline: as configured, or the most that divide the batch, up to four a stage."""
     if run.train.pipeline_microbatches or sizes.pipeline == 1:
@@ -181,12 +192,12 @@ def n_microbatches(sizes: Sizes, run: RunConfig) -> int:
     return next(n for n in choices if rows % n == 0)
 
 
-def bubble_fraction(n_stages: int, n_microbatches: int) -> float:
-    """Share of the time that a stage of a GPipe schedule idles: (stages - 1) / (microbatches + stages - 1).
+def bubble_fraction(n_stages: int, n_microbatches: int, n_rounds: int = 1) -> float:
+    """Share of the time that a stage idles: (stages - 1) / (rounds microbatches + stages - 1).
 
-    Source: Huang et al. 2019, GPipe, section 2.3.
+    Source: Huang et al. 2019, GPipe, section 2.3; Narayanan et al. 2021, section 2.2, for more rounds than one.
     """
-    return (n_stages - 1) / (n_microbatches + n_stages - 1)
+    return (n_stages - 1) / (n_rounds * n_microbatches + n_stages - 1)
 
 
 def device_count() -> int:

@@ -1,23 +1,27 @@
-"""A pipeline over the mesh axis `pipeline`: stages that hold consecutive layers, microbatches that follow one another.
+"""A pipeline over the mesh axis `pipeline`: stages that hold layers, microbatches that follow one another.
 
-The schedule is GPipe's (Huang et al. 2019): in tick t stage s works on microbatch t - s, then hands it to stage s + 1.
-All stages are one array axis, so that a tick is `jax.vmap` of the same function that runs the layers without a
-pipeline, and differentiation runs the schedule backwards by itself. The other mesh axes divide the work within a stage
-as they do elsewhere.
+The schedule is GPipe's (Huang et al. 2019), or its interleaved form (Narayanan et al. 2021, section 2.2): every stage
+has `n_rounds` parts of the layers, part r n_stages + s is on stage s, and a microbatch goes round that often. In tick t
+stage s works on item t - s; of each n_stages microbatches come all items of round 0, then of round 1, so that what the
+last stage hands to the first is what that one needs next. All stages are one array axis: a tick is `jax.vmap` of the
+same function that runs the layers without a pipeline, and differentiation runs the schedule backwards by itself. The
+other mesh axes divide the work within a stage as they do elsewhere.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from mesh_transformer.sharding.rules import STREAM, Rules
 
-Stage = Callable[[Any, jax.Array], jax.Array]  # (the stage's slices of the stacked parameters, x) -> x
+Stage = Callable[[Any, jax.Array], jax.Array]  # (slices of the stacked parameters, x) -> x
 
 
 def run_stages(stage: Stage, stacked: Any, x: jax.Array, rules: Rules) -> jax.Array:
@@ -30,48 +34,80 @@ def run_stages(stage: Stage, stacked: Any, x: jax.Array, rules: Rules) -> jax.Ar
     Returns:
         The result for every row in the order of `x`, lying as `rules.after_stages` say.
     """
-    n_stages, n_micro = rules.n_stages, rules.n_microbatches
+    n_stages, n_rounds, n_micro = rules.n_stages, rules.n_rounds, rules.n_microbatches
     batch, *rest = x.shape
     spec = rules.use(STREAM)
     assert spec is not None and batch % n_micro == 0 and n_micro % n_stages == 0
     one_each = PartitionSpec("pipeline", *spec)  # [stages batch stream embed]
     rows = (batch // n_micro, n_micro)
     by_row = jax.lax.reshape(x, (*rows, *rest), out_sharding=PartitionSpec(spec[0], None, *spec[1:]))
-    micro = jnp.moveaxis(by_row, 1, 0)
-    slices = jax.tree.map(lambda w: _by_stage(w, n_stages), stacked)
-    first = jax.sharding.reshard((jnp.arange(n_stages) == 0).reshape(n_stages, 1, 1, 1), PartitionSpec("pipeline"))
     # Every stage has all microbatches, so that their gradients, the first stage's, are sent to all once a step.
     to_all = jax.shard_map(
         lambda m: m[None], in_specs=PartitionSpec(None, *spec), out_specs=PartitionSpec("pipeline", None, *spec)
     )
-    entering = to_all(micro)
+    entering = to_all(jnp.moveaxis(by_row, 1, 0))
+    parts = jax.tree.map(functools.partial(_dealt, n_stages=n_stages, n_rounds=n_rounds), stacked)
+    number = jax.sharding.reshard(jnp.arange(n_stages, dtype=jnp.int32), PartitionSpec("pipeline"))
 
-    def to_next(state: jax.Array) -> jax.Array:
-        return jax.lax.ppermute(state, "pipeline", [(s, s + 1) for s in range(n_stages - 1)])
+    def hand_on(done: jax.Array) -> jax.Array:
+        ring = [(s, (s + 1) % n_stages) for s in range(n_stages if n_rounds > 1 else n_stages - 1)]
+        return jax.lax.ppermute(done, "pipeline", ring)
 
-    to_next = jax.shard_map(to_next, in_specs=one_each, out_specs=one_each)
+    hand_on = jax.shard_map(hand_on, in_specs=one_each, out_specs=one_each)
+
+    def work(part: Any, turn: jax.Array, x: jax.Array) -> jax.Array:
+        """What one stage does in one tick, in its round `turn`."""
+        chosen = (lambda w: w[0]) if n_rounds == 1 else (lambda w: jax.lax.dynamic_index_in_dim(w, turn, 0, False))
+        return stage(jax.tree.map(chosen, part), x)
 
     def tick(state: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        fresh = jax.lax.dynamic_index_in_dim(entering, jnp.minimum(t, n_micro - 1), 1, keepdims=False)
-        done = jax.vmap(stage)(slices, jnp.where(first, fresh, state))
-        return to_next(done), done
+        turn = jnp.maximum(t - number, 0) % (n_stages * n_rounds) // n_stages
+        item = jnp.minimum(t, n_micro * n_rounds - 1)
+        entered = item // (n_stages * n_rounds) * n_stages + item % n_stages
+        fresh = jax.lax.dynamic_index_in_dim(entering, entered, 1, keepdims=False)
+        enters = ((number == 0) & (turn == 0)).reshape(n_stages, 1, 1, 1)
+        done = jax.vmap(work)(parts, turn, jnp.where(enters, fresh, state))
+        return hand_on(done), done
 
-    nothing = jnp.zeros((n_stages, *micro.shape[1:]), x.dtype, out_sharding=one_each)
-    _, done = jax.lax.scan(tick, nothing, jnp.arange(n_micro + n_stages - 1, dtype=jnp.int32))
+    nothing = jnp.zeros((n_stages, rows[0], *rest), x.dtype, out_sharding=one_each)
+    n_ticks = n_micro * n_rounds + n_stages - 1
+    _, done = jax.lax.scan(tick, nothing, jnp.arange(n_ticks, dtype=jnp.int32))
+    # The tick in which the last stage finishes each microbatch.
+    group, place = np.divmod(np.arange(n_micro), n_stages)
+    finished_in = (group * n_rounds + n_rounds - 1) * n_stages + place + n_stages - 1
 
     def spread(done: jax.Array) -> jax.Array:
         """Each stage's share of what the last one has finished: [microbatches / stages, batch, stream, embed]."""
-        finished, share = done[n_stages - 1 :, 0], n_micro // n_stages
-        parts = (finished[s * share : (s + 1) * share] for s in range(n_stages))
-        return sum(jax.lax.ppermute(part, "pipeline", [(n_stages - 1, s)]) for s, part in enumerate(parts))
+        finished, share = done[finished_in, 0], n_micro // n_stages
+        shares = (finished[s * share : (s + 1) * share] for s in range(n_stages))
+        return sum(jax.lax.ppermute(part, "pipeline", [(n_stages - 1, s)]) for s, part in enumerate(shares))
 
     shares = jax.shard_map(spread, in_specs=PartitionSpec(None, *one_each), out_specs=one_each)(done)
     return jax.lax.reshape(jnp.moveaxis(shares, 0, 1), x.shape, out_sharding=rules.after_stages.use(STREAM))
 
 
-def _by_stage(w: jax.Array, n_stages: int) -> jax.Array:
-    """[layers ...] as [stages, layers of a stage, ...]; nothing moves."""
-    shape = (n_stages, w.shape[0] // n_stages, *w.shape[1:])
+def _dealt(w: jax.Array, *, n_stages: int, n_rounds: int) -> jax.Array:
+    """[layers ...] as [stages, rounds, layers of a part, ...].
+
+    At rest a stage holds neighbouring layers. With one round nothing moves; with more, parts go to the stages that work
+    on them, once in the forward pass and, as gradients, once in the backward pass.
+    """
     spec = jax.typeof(w).sharding.spec
-    stages, *others = spec.partitions
-    return jax.lax.reshape(w, shape, out_sharding=PartitionSpec(stages, None, *others, reduced=spec.reduced))
+    stages, *others = spec
+    dealt = PartitionSpec(stages, None, None, *others)
+    shape = (n_stages, n_rounds, w.shape[0] // n_stages // n_rounds, *w.shape[1:])
+    if n_rounds == 1:
+        return jax.lax.reshape(w, shape, out_sharding=dealt)
+
+    def deal(held: jax.Array) -> jax.Array:
+        held = held.reshape(shape[1:2] + (-1,) + held.shape[1:])
+        received = [jnp.zeros_like(held[0])] * n_rounds
+        for own in range(n_rounds):
+            # Of part c = s n_rounds + own on stage s: stage c % n_stages works on it in round c // n_stages.
+            part = np.arange(n_stages) * n_rounds + own
+            for turn in range(n_rounds):
+                sent = [(int(s), int(part[s] % n_stages)) for s in np.flatnonzero(part // n_stages == turn)]
+                received[turn] += jax.lax.ppermute(held[own], "pipeline", sent)
+        return jnp.stack(received)[None]
+
+    return jax.shard_map(deal, in_specs=spec, out_specs=dealt)(w)

@@ -32,14 +32,15 @@ STREAM: Axes = ("batch", "stream", "embed")
 class Rules:
     """A sharding strategy.
 
-    n_stages, n_microbatches: of the pipeline; 1 without one. gather: when parameters that rest apart are brought
-    together, in each layer or once a step.
+    n_stages, n_rounds, n_microbatches: of the pipeline; 1 without one. gather: when parameters that rest apart are
+    brought together, in each layer or once a step.
     """
 
     store: Where = dataclasses.field(default_factory=dict)
     moments: Where = dataclasses.field(default_factory=dict)
     compute: Where = dataclasses.field(default_factory=dict)
     n_stages: int = 1
+    n_rounds: int = 1
     n_microbatches: int = 1
     gather: Gather = "per_layer"
     on_mesh: bool = True
@@ -130,7 +131,9 @@ class Rules:
         if self.n_stages == 1:
             return self
         batch = (*self.compute.get("batch", ()), "pipeline")
-        return dataclasses.replace(self, compute={**self.compute, "batch": batch}, n_stages=1, n_microbatches=1)
+        return dataclasses.replace(
+            self, compute={**self.compute, "batch": batch}, n_stages=1, n_rounds=1, n_microbatches=1
+        )
 
     def ways(self, axis: str) -> int:
         """Among how many devices a logical axis is divided while in use. Asks the mesh in use."""
@@ -165,6 +168,7 @@ def rules_for(
     gather: Gather = "per_layer",
     shard_sequence: bool = False,
     n_microbatches: int = 1,
+    n_rounds: int = 1,
 ) -> Rules:
     """The strategy that a mesh of these sizes means; ONE_DEVICE for a mesh of one.
 
@@ -173,7 +177,7 @@ def rules_for(
 
     Args:
         shard_sequence: norms and residual stream lie over `tensor` by their sequence axis.
-        n_microbatches: of a pipeline.
+        n_microbatches, n_rounds: of a pipeline.
     """
     if sizes.n_devices == 1:
         return ONE_DEVICE
@@ -187,6 +191,7 @@ def rules_for(
         moments=model | apart,
         compute=model | stream | ({"batch": batch} if batch else {}),
         n_stages=sizes.pipeline,
+        n_rounds=n_rounds if sizes.pipeline > 1 else 1,
         n_microbatches=n_microbatches if sizes.pipeline > 1 else 1,
         gather=gather,
     )

@@ -55,10 +55,11 @@ class Silence:
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The compiled programs of a run; compiling consumes no batch and takes no step."""
+    """The compiled programs of a run, and for how many devices; compiling consumes no batch and takes no step."""
 
     step: Callable[[TrainState, Any], tuple[TrainState, StepReport]]
     validate: Callable[[Any, Any], Any]
+    n_devices: int
 
 
 def compile_programs(run: RunConfig, state: Any, policy: ComputePolicy, layout: Layout = ONE_DEVICE_LAYOUT) -> Programs:
@@ -70,6 +71,7 @@ def compile_programs(run: RunConfig, state: Any, policy: ComputePolicy, layout: 
         return Programs(
             step=step.lower(state, train_batches(run, layout).abstract).compile(),
             validate=validate.lower(state.params, validation_batches_of(run, layout).abstract).compile(),
+            n_devices=layout.sizes.n_devices,
         )
 
 
@@ -158,7 +160,7 @@ def train_loop(
     Raises:
         RunError: the loss of a step, in training or validation, is not finite; nothing of that step is saved.
     """
-    meter = _Meter(run)
+    meter = _Meter(run, programs.n_devices)
     step = int(state.step)
     # Asked once a step: a signal that comes after the answer has its step saved by the next round.
     stopped_by = stop(step)
@@ -226,11 +228,11 @@ def _what_is_left(saved: int) -> str:
 class _Meter:
     """Turns a step's report into metrics; waits for the device, so that times are of finished work."""
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, n_devices: int) -> None:
         self._sequence_length = run.data.sequence_length
         self._tokens_a_step = run.train.batch_size * run.data.sequence_length
         self._flops = flops_per_token(run.model, run.data.sequence_length)
-        self._peak = peak_flops()
+        self._peak = peak_flops(n_devices)
         self._start = time.perf_counter()
 
     def resume(self) -> None:

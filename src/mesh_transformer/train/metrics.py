@@ -25,8 +25,8 @@ PEAK_FLOPS = {
     "NVIDIA H100 NVL": 835e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H200": 989e12,
-    "TPU v2": 45e12,
-    "TPU v3": 123e12,
+    "TPU v2": 45e12 / 2,  # a device is one of the two cores of a chip
+    "TPU v3": 123e12 / 2,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,  # v5p's own name
@@ -43,11 +43,11 @@ def flops_per_token(cfg: ModelConfig, sequence_length: int) -> int:
     return 6 * count_matmul_params(cfg) + 12 * cfg.n_layers * sequence_length * cfg.n_heads * cfg.d_head
 
 
-def peak_flops() -> float | None:
-    """Peak of all devices together; None where the device is not in the table (a CPU)."""
-    devices = jax.devices()
-    known = [name for name in PEAK_FLOPS if devices[0].device_kind.startswith(name)]
-    return PEAK_FLOPS[max(known, key=len)] * len(devices) if known else None
+def peak_flops(n_devices: int) -> float | None:
+    """Peak of so many devices together; None where the device is not in the table (a CPU)."""
+    kind = jax.devices()[0].device_kind
+    known = [name for name in PEAK_FLOPS if kind.startswith(name)]
+    return PEAK_FLOPS[max(known, key=len)] * n_devices if known else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
