@@ -175,10 +175,10 @@ def count_collectives() -> dict[str, Any]:
     from mesh_transformer.train.step import make_train_step
 
     def counted(n_layers: int, mesh: dict[str, Any]) -> dict[str, Any]:
-        gather = mesh.get("gather", "per_layer")
-        mesh = {"data": 1} | {name: value for name, value in mesh.items() if name != "gather"}
+        how = {name: mesh[name] for name in ("gather", "pipeline_interleave") if name in mesh}
+        mesh = {"data": 1} | {name: value for name, value in mesh.items() if name not in how}
         model = ModelConfig(n_layers=n_layers, d_model=512, n_heads=8, n_vocab=512, n_ctx=128)
-        train = TrainConfig(steps=10, learning_rate=1e-4, batch_size=16, remat="full", gather=gather)
+        train = TrainConfig(steps=10, learning_rate=1e-4, batch_size=16, remat="full", **how)
         data = DataConfig(train="none", sequence_length=model.n_ctx)
         run = RunConfig(name="count", model=model, data=data, train=train, mesh=MeshConfig(**mesh))
         layout = layout_for(run)

@@ -174,5 +174,6 @@ STRATEGIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("fsdp 2 x tensor 4, zero 3", {"fsdp": 2, "tensor": 4, "zero": 3}),
     ("pipeline 8", {"pipeline": 8}),
     ("data 2 x pipeline 4", {"data": 2, "pipeline": 4}),
+    ("data 2 x pipeline 4, pipeline_interleave 2", {"data": 2, "pipeline": 4, "pipeline_interleave": 2}),
     ("fsdp 2 x pipeline 4, zero 3", {"fsdp": 2, "pipeline": 4, "zero": 3}),
 )

@@ -30,6 +30,8 @@ batch_size = 4
 learning_rate = 1e-2
 validate_every = 2
 checkpoint_every = 2
+[mesh]
+data = 1
 [log]
 directory = "runs"
 """

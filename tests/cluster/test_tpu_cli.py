@@ -171,7 +171,7 @@ def test_a_signal_leaves_a_word_and_no_process(gcloud: FakeGcloud, config: Path,
         while verb not in gcloud.verbs and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(number)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + number
     # The training on the hosts outlives the connection, so it is ended by a command of its own.
     assert gcloud.verbs[-1] == ("stop" if verb == "train" else verb)

@@ -45,7 +45,7 @@ def begin(host: Path, *words: str) -> subprocess.Popen[str]:
 
 def call(host: Path, *words: str) -> tuple[int, list[str]]:
     with begin(host, *words) as process:
-        out, _ = process.communicate(timeout=30)
+        out, _ = process.communicate(timeout=120)
     return process.returncode, out.splitlines()
 
 
@@ -72,7 +72,7 @@ def test_a_second_call_follows_the_first(host: Path) -> None:
     number = (host / "started").read_text()
     with begin(host, "train") as second:
         (host / "go").touch()
-        out, _ = second.communicate(timeout=30)
+        out, _ = second.communicate(timeout=120)
     assert second.returncode == 7 and out.splitlines()[-1] == "[worker 3] end"
     assert (host / "started").read_text() == number
 
@@ -84,7 +84,7 @@ def test_stop_lets_it_save(host: Path) -> None:
         while not (host / "started").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         assert call(host, "stop") == (0, ["[worker 3] ending the training that runs here"])
-        out, _ = process.communicate(timeout=30)
+        out, _ = process.communicate(timeout=120)
     assert (host / "saved").exists() and process.returncode == 143 and "[worker 3] saved" in out
     assert call(host, "stop") == (0, [])
 

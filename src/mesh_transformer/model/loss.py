@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from mesh_transformer.config.model import ModelConfig
-from mesh_transformer.model.decoder import hidden, unembed
+from mesh_transformer.model.decoder import gather, hidden, unembed
+from mesh_transformer.model.params import param_table
 from mesh_transformer.model.policy import ComputePolicy
 from mesh_transformer.shapes import Array, Float, Int, Params
 from mesh_transformer.sharding.rules import ONE_DEVICE, Rules
@@ -93,6 +94,8 @@ def score_tokens(
     n_chunks = math.ceil(seq / width)
     if n_chunks == 1:
         return score(unembed(params, x, cfg, policy, rules), targets)
+    # Brought together before the chunks, not in each.
+    params = params | {"head": gather(params["head"], param_table(cfg)["head"], rules)}
 
     def chunks(a: Array) -> Array:
         padded = jnp.pad(a, [(0, 0), (0, n_chunks * width - seq)] + [(0, 0)] * (a.ndim - 2))

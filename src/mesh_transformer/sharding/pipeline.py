@@ -78,7 +78,8 @@ def run_stages(stage: Stage, stacked: Any, x: jax.Array, rules: Rules) -> jax.Ar
 
     def spread(done: jax.Array) -> jax.Array:
         """Each stage's share of what the last one has finished: [microbatches / stages, batch, stream, embed]."""
-        finished, share = done[finished_in, 0], n_micro // n_stages
+        finished = done[n_stages - 1 :, 0] if n_rounds == 1 else done[finished_in, 0]
+        share = n_micro // n_stages
         shares = (finished[s * share : (s + 1) * share] for s in range(n_stages))
         return sum(jax.lax.ppermute(part, "pipeline", [(n_stages - 1, s)]) for s, part in enumerate(shares))
 

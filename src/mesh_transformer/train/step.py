@@ -97,7 +97,11 @@ def _in_use(params: Params, model: ModelConfig, rules: Rules) -> Params:
     def one(spec: ParamSpec, w: Array) -> Array:
         if rules.gather == "per_step":
             return rules.place_weight(w, spec.axes) if waits(spec, w) else rules.place(w, spec.axes)
-        return rules.place_waiting(w, spec.axes) if waits(spec, w) else w
+        if not waits(spec, w):
+            return w
+        # The head is used behind the stages, by all of which its gradient is then summed.
+        where = rules if "layers" in spec.axes else rules.after_stages
+        return where.place_waiting(w, spec.axes)
 
     return map_table(one, model, params)
 
