@@ -6,8 +6,6 @@ counts). Times are those of full links and of nothing else, neither latency nor 
 
 from __future__ import annotations
 
-import math
-
 from pod_cases import DEVICES, Case
 
 
@@ -15,14 +13,13 @@ def traffic(case: Case, *, gathered_itemsize: int = 2, scattered: bool = True) -
     """Bytes that one device sends in a step, by what they are; without scalars a token, as the losses are.
 
     Args:
-        gathered_itemsize: bytes of a value that is gathered in each layer: 2 where the compiler rounds to bfloat16
-            before it sends (TPU), 4 where it rounds after (CPU).
+        gathered_itemsize: bytes of a value of a matrix that is gathered before use: 2 where the compiler rounds to
+            bfloat16 before it sends (TPU), 4 where it rounds after (CPU).
         scattered: a sum of which each device keeps a part is sent as a reduce-scatter; otherwise whole arrays are
             summed.
     """
     from mesh_transformer.config.presets import preset
     from mesh_transformer.model.params import is_multiplied, named_specs, size
-    from mesh_transformer.model.policy import ComputePolicy
 
     model, mesh = preset(case.preset), case.mesh
     tensor, stages, fsdp, data = (mesh.get(axis, 1) for axis in ("tensor", "pipeline", "fsdp", "data"))
@@ -37,23 +34,21 @@ def traffic(case: Case, *, gathered_itemsize: int = 2, scattered: bool = True) -
     stacked, head = held(True, True), held(False, True)  # the matrices of the layers and of the head
     vectors, tables = held(True, False), held(False, False)  # the embedding is a table
     length = case.length or model.n_ctx
-    chunks = math.ceil(length / max(1, min(length, ComputePolicy.loss_chunk * stages // case.rows)))
     activation = 4 * case.rows * length * model.d_model  # float32, of all rows at one time
     ticks = micro + stages - 1
     often = ticks if stages > 1 else 1  # a stage's passes; it also works in the ticks that it idles
     each_layer = zero == 3 and case.gather == "per_layer"
     in_parts = 1 if scattered else 2
 
-    # A stage's matrices are summed in every pass, all others as seldom as they can be.
-    waiting = head if stages > 1 else head + stacked
+    # A stage's matrices are summed in every pass, all others as seldom as they can be; the head's over the stages too.
+    waiting = 0 if stages > 1 else stacked
     at_once = tables + often * (vectors + stacked if stages > 1 else vectors)
-    sums = 2 * _share(data * fsdp) * parts * at_once + 2 * _share(data) * waiting / fsdp
-    over_fsdp = waiting + (chunks - 1) * head if each_layer and scattered else waiting
-    sums += in_parts * _share(fsdp) * (parts if each_layer else 1) * over_fsdp
-    sums += 2 * _share(stages) * parts * chunks * head
+    sums = 2 * _share(data * fsdp) * parts * at_once
+    sums += 2 * (_share(data) * waiting + _share(data * stages) * head) / fsdp
+    sums += in_parts * _share(fsdp) * (parts if each_layer else 1) * (waiting + head)
     sent = {"gradients": 4 * sums}
-    if fsdp > 1 and each_layer:  # the backward pass gathers a layer again, and the head for every chunk of the loss
-        rounded = (1 + often) * stacked + (1 + chunks) * head
+    if fsdp > 1 and each_layer:  # the backward pass gathers a layer again; the head is kept from the forward pass
+        rounded = (1 + often) * stacked + head
         exact = (1 + often) * vectors + tables
         sent["gathered parameters"] = _share(fsdp) * parts * (gathered_itemsize * rounded + 4 * exact)
     elif fsdp > 1:

@@ -16,8 +16,13 @@ install_import_hook(
 )
 
 
+# Files that take longest begin first, so that none is left to one process at the end.
+_LONGEST = ("test_run_of_many.py", "test_documents.py", "test_kill_and_resume.py")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Peers and long counts run only when asked for with -m."""
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
     if config.getoption("-m"):
         return
     for item in items:

@@ -68,7 +68,7 @@ CASES = {
     "pipeline": _case(pipeline=8),
     "pipeline x tensor": _case(pipeline=4, tensor=2),
     "pipeline x data, few microbatches": _case(pipeline=4, data=2, pipeline_microbatches=4),
-    "pipeline x tensor, interleaved": _case(pipeline=2, tensor=4, pipeline_interleave=2),
+    "pipeline x tensor, interleaved": _case(pipeline=2, tensor=4, pipeline_interleave=2, pipeline_microbatches=4),
     "pipeline x data, interleaved in four rounds": _case(pipeline=2, data=2, pipeline_interleave=4, remat="full"),
     "pipeline x data x tensor": _case(pipeline=2, data=2, tensor=2),
     "pipeline x data x tensor, sequence": _case(pipeline=2, data=2, tensor=2, shard_sequence=True, remat="full"),

@@ -66,9 +66,9 @@ def assert_same_on(mesh: MeshConfig, cfg: ModelConfig, policy: ComputePolicy, to
 @pytest.mark.parametrize(
     ("mesh", "policy"),
     [
-        (MeshConfig(data=2, tensor=4), ComputePolicy()),
+        pytest.param(MeshConfig(data=2, tensor=4), ComputePolicy(), marks=pytest.mark.long),
         (MeshConfig(tensor=8), ComputePolicy(loss_chunk=32)),
-        (MeshConfig(fsdp=8, zero=3), ComputePolicy()),
+        pytest.param(MeshConfig(fsdp=8, zero=3), ComputePolicy(), marks=pytest.mark.long),
         (MeshConfig(pipeline=2, fsdp=2, tensor=2, zero=3), ComputePolicy()),
     ],
     ids=["data-tensor", "tensor-in-chunks", "fsdp", "pipeline-fsdp-tensor"],
@@ -78,7 +78,9 @@ def test_v2(mesh: MeshConfig, policy: ComputePolicy) -> None:
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(tensor=8), MeshConfig(pipeline=2, data=2, tensor=2)], ids=["tensor", "pipeline"]
+    "mesh",
+    [MeshConfig(tensor=8), pytest.param(MeshConfig(pipeline=2, data=2, tensor=2), marks=pytest.mark.long)],
+    ids=["tensor", "pipeline"],
 )
 def test_t5_in_chunks(mesh: MeshConfig) -> None:
     cfg = dataclasses.replace(V1, position="t5", d_rotary=0)

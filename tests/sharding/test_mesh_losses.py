@@ -26,10 +26,8 @@ PROMPTS = [[1, 2, 3], [10, 12], [40, 43, 46, 49], [7]]
 GREEDY = SamplingOptions(max_tokens=12, temperature=0.0)
 # Together they use every axis and every feature; the others run with `make test-long`.
 QUICK = (
-    "tensor",
     "data x tensor, sequence",
     "data x fsdp, zero 3, accumulation",
-    "pipeline x data, few microbatches",
     "pipeline x fsdp x tensor, zero 3",
     "pipeline x tensor, interleaved",
 )

@@ -37,6 +37,7 @@ from mesh_transformer.train.state import TrainState
 
 # Where a configuration does not say: seconds that a step of several processes may take before the run is given up.
 _STEP_TIMEOUT = 600.0
+_COMPILING = 3600.0  # seconds that the slowest process may need beyond the fastest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,7 @@ def train(
     with processes.agree("data and mesh"):
         layout = layout_for(run, n_processes=processes.count)
         data = open_data(run)
-    if layout.mesh is not None:
+    if jax.device_count() > 1:
         observer.note(describe(layout, jax.device_count()))
     directory = RunDirectory(run.run_directory)
     place = _Place(run=run, data=data, layout=layout, processes=processes, directory=directory, observer=observer)
@@ -158,7 +159,7 @@ def _train_from(start: Start, place: _Place, store: CheckpointStore, request: St
             metrics = stack.enter_context(contextlib.closing(MetricsFile(place.directory.metrics)))
         stack.enter_context(_error_of_the_save(store))
         agreement = StopAgreement(processes)
-        processes.barrier("beginning of the steps")  # nobody is timed for another's compiling
+        processes.barrier("beginning of the steps", _COMPILING)  # nobody is timed for another's compiling
         outcome = train_loop(
             run,
             start.state,
