@@ -224,15 +224,16 @@ def test_failures_are_counted(place: Place) -> None:
     one_device = ("--set", "mesh.data=1", "--max-failures", "0")
     status, output = place.launch("failed", *one_device, workers=1, meanwhile=kill_a_worker)
     assert status == 1, output
-    first, second = output.splitlines()[-2:]
-    assert first == "error: worker 0: its process died; --max-failures 0 allows no further attempt"
-    assert second == "the same command goes on from the newest checkpoint"
+    lines = output.splitlines()  # what Ray says of the dead worker may come in between or after
+    told = lines.index("error: worker 0: its process died; --max-failures 0 allows no further attempt")
+    assert "the same command goes on from the newest checkpoint" in lines[told + 1 :]
 
 
 def test_what_a_worker_refuses_is_not_tried_again(place: Place) -> None:
     status, output = place.launch("refused", "--set", "mesh.data=3")
     assert status == 2, output
-    assert output.splitlines()[-1].startswith("error: mesh.data x fsdp x tensor x pipeline = 3 x 1 x 1 x 1 = 3")
+    told = "error: mesh.data x fsdp x tensor x pipeline = 3 x 1 x 1 x 1 = 3"
+    assert any(line.startswith(told) for line in output.splitlines())
     assert output.count("Starting JAX distributed service") == 1
     assert not (place.directory / "runs" / "refused").exists()
 

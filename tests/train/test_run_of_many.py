@@ -134,7 +134,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(toy: Toy, quick: dict[str
 def test_a_killed_process_ends_the_run_and_repeating_it_loses_nothing(
     toy: Toy, quick: dict[str, str], tmp_path: Path, undisturbed: RunConfig
 ) -> None:
-    run = run_at(toy, tmp_path / "run", step_timeout=10.0)
+    run = run_at(toy, tmp_path / "run", step_timeout=15.0)
     first, second = started(run, quick, own={1: {"AT": "7", "DO": "os.kill(os.getpid(), signal.SIGKILL)"}})
     assert second.status == -9
     assert first.status != 0
@@ -146,7 +146,7 @@ def test_a_killed_process_ends_the_run_and_repeating_it_loses_nothing(
 def test_a_step_that_hangs_ends_with_a_report_of_who_is_missing(
     toy: Toy, quick: dict[str, str], tmp_path: Path
 ) -> None:
-    run = run_at(toy, tmp_path / "run", step_timeout=5.0)
+    run = run_at(toy, tmp_path / "run", step_timeout=10.0)
     first, second = started(run, quick, own={1: {"AT": "6", "DO": "time.sleep(60)"}})
     assert first.status != 0 and second.status != 0
     # Whichever of the two looks at its clock first.
