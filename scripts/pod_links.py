@@ -55,12 +55,14 @@ def traffic(case: Case, *, gathered_itemsize: int = 2, scattered: bool = True) -
         what = "gathered parameters" if zero == 3 else "updated parameters"
         sent[what] = _share(fsdp) * 4 * (stacked + head + vectors + tables)
     passes = model.n_layers / stages * often / micro
-    # A divided stream is gathered before a layer, again when the backward pass computes the layer again, and backward.
-    whole = stages > 1 or not scattered
-    a_layer = 3 * gathered_itemsize / 4 + (4 if whole else 2) if mesh.get("shard_sequence") else 4
-    sent["tensor"] = parts * (a_layer * passes + 2 + 2 / stages) * _share(tensor) * activation
+    # A divided stream is gathered before a layer, again when the backward pass computes the layer again, and backward;
+    # beside the layers, as float32, before the head and in the embedding's backward pass.
+    divided, whole = bool(mesh.get("shard_sequence")), stages > 1 or not scattered
+    a_layer = 3 * gathered_itemsize / 4 + (4 if whole else 2) if divided else 4
+    beside = (3 if divided else 2) * (1 + 1 / stages)
+    sent["tensor"] = parts * (a_layer * passes + beside) * _share(tensor) * activation
     if stages > 1:  # to the next stage and back; what enters the stages, and what leaves them
-        between = activation / (tensor if mesh.get("shard_sequence") else 1)
+        between = activation / (tensor if divided else 1)
         sent["pipeline"] = parts * (2 * ticks / micro + 2 * _share(stages) + 2) * between
     return {what: amount for what, amount in sent.items() if amount}
 

@@ -14,6 +14,16 @@ from mesh_transformer.model.layers import rotary_tables
 from mesh_transformer.shapes import Array, Float, Int
 from mesh_transformer.sharding.layout import ONE_DEVICE_LAYOUT, Layout
 
+# [batch seq (layer, slot)] into [layers batch slots heads width], rows to rows: because rows belong together a mesh that
+# divides them writes without sending anything, which indices of rows would not say.
+_WRITE = jax.lax.ScatterDimensionNumbers(
+    update_window_dims=(2, 3),
+    inserted_window_dims=(0, 2),
+    scatter_dims_to_operand_dims=(0, 2),
+    operand_batching_dims=(1,),
+    scatter_indices_batching_dims=(0,),
+)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +56,15 @@ class KVCache:
         v: Float[Array, "batch seq kv_heads head_dim"],
     ) -> KVCache:
         """The cache with the keys and values of one layer at `positions`."""
-
-        # One row at a time under vmap: a mesh that divides rows or heads then moves nothing.
-        def write_row(held: Array, slots: Array, new: Array) -> Array:
-            return held.at[layer, slots].set(new, unique_indices=True)
-
-        write = jax.vmap(write_row, in_axes=(1, 0, 0), out_axes=1)
         slots = positions % self.n_slots
-        return dataclasses.replace(
-            self, k=write(self.k, slots, k.astype(self.k.dtype)), v=write(self.v, slots, v.astype(self.v.dtype))
-        )
+        at = jnp.stack([jnp.zeros_like(slots) + layer, slots], axis=-1)
+
+        def write(held: Array, new: Array) -> Array:
+            return jax.lax.scatter(
+                held, at, new.astype(held.dtype), _WRITE, unique_indices=True, mode="promise_in_bounds"
+            )
+
+        return dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v))
 
 
 def empty_cache(
