@@ -14,8 +14,9 @@ from mesh_transformer.model.layers import rotary_tables
 from mesh_transformer.shapes import Array, Float, Int
 from mesh_transformer.sharding.layout import ONE_DEVICE_LAYOUT, Layout
 
-# [batch seq (layer, slot)] into [layers batch slots heads width], rows to rows: because rows belong together a mesh that
-# divides them writes without sending anything, which indices of rows would not say.
+
+# [batch seq (layer, slot)] into [layers batch slots heads width], rows to rows: because rows belong together, a mesh
+# that divides them writes without sending anything, which indices of rows would not say.
 _WRITE = jax.lax.ScatterDimensionNumbers(
     update_window_dims=(2, 3),
     inserted_window_dims=(0, 2),
