@@ -14,7 +14,6 @@ from mesh_transformer.model.layers import rotary_tables
 from mesh_transformer.shapes import Array, Float, Int
 from mesh_transformer.sharding.layout import ONE_DEVICE_LAYOUT, Layout
 
-
 # [batch seq (layer, slot)] into [layers batch slots heads width], rows to rows: because rows belong together, a mesh
 # that divides them writes without sending anything, which indices of rows would not say.
 _WRITE = jax.lax.ScatterDimensionNumbers(
