@@ -89,8 +89,6 @@ def train(
     with processes.agree("data and mesh"):
         layout = layout_for(run, n_processes=processes.count)
         data = open_data(run)
-    if jax.device_count() > 1:
-        observer.note(describe(layout, jax.device_count()))
     directory = RunDirectory(run.run_directory)
     place = _Place(run=run, data=data, layout=layout, processes=processes, directory=directory, observer=observer)
     with _lost_processes(processes):
@@ -150,6 +148,8 @@ def _begins(place: _Place, new: bool) -> bool:
 def _train_from(start: Start, place: _Place, store: CheckpointStore, request: StopRequest) -> Result:
     run, layout, processes = place.run, place.layout, place.processes
     with contextlib.ExitStack() as stack:
+        if jax.device_count() > 1:
+            place.observer.note(describe(layout, jax.device_count()))
         place.observer.note("compiling")
         policy = default_policy(run.train.compute_dtype, run.train.remat)
         programs = compile_programs(run, start.state, policy, layout)
