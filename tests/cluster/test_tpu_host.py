@@ -63,7 +63,7 @@ def test_output_and_status_of_the_training(host: Path, status: int) -> None:
 
 def test_a_second_call_follows_the_first(host: Path) -> None:
     """What gcloud does when the connection breaks."""
-    trainer(host, "echo $$ >started; until [ -e go ]; do sleep 0.05; done; echo end; exit 7")
+    trainer(host, "echo $$ >number; mv number started; until [ -e go ]; do sleep 0.05; done; echo end; exit 7")
     with begin(host, "train") as first:
         deadline = time.monotonic() + 20
         while not (host / "started").exists() and time.monotonic() < deadline:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -181,7 +180,3 @@ def test_processes_with_different_configurations(toy: Toy, quick: dict[str, str]
         assert each.status == 2, each.stderr
         assert "configuration of process 1" in each.stderr and "learning_rate = 0.02" in each.stderr
     assert not run.run_directory.exists()
-
-
-def test_losses_are_finite(undisturbed: RunConfig) -> None:
-    assert all(map(math.isfinite, losses(undisturbed)))

@@ -45,9 +45,8 @@ def log_likelihood(
         raise UserError(f"the continuation has {n} tokens but the model's context holds {cfg.n_ctx}; split it")
     text = np.asarray([*context, *continuation][-(cfg.n_ctx + 1) :], np.int32)
     width = min(max(_SMALLEST_WIDTH, 1 << (len(text) - 2).bit_length()), cfg.n_ctx)
-    rows = np.zeros(
-        (layout.padded_rows(1), width + 1), np.int32
-    )  # padding on the right is never seen by what stands before it
+    # Padding on the right is never seen by what stands before it, nor one row by another.
+    rows = np.zeros((layout.padded_rows(1), width + 1), np.int32)
     rows[0, : len(text)] = text
     with layout.using():
         placed = layout.place_rows(rows[:, :-1]), layout.place_rows(rows[:, 1:])
