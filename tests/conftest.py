@@ -11,7 +11,7 @@ from jaxtyping import install_import_hook
 # train.state is left out: JAX rebuilds its dataclass with descriptions in place of arrays when it lowers a program.
 install_import_hook(
     ["mesh_transformer.model", "mesh_transformer.train.step", "mesh_transformer.train.optimizer"]
-    + ["mesh_transformer.sample"],
+    + ["mesh_transformer.sample", "mesh_transformer.engine"],
     "beartype.beartype",
 )
 

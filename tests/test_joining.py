@@ -280,11 +280,20 @@ def test_a_process_that_fails_alone_ends_the_step_of_the_others() -> None:
     assert "error: process 1 (host " in first.stderr and "ended after an error" in first.stderr
 
 
+# Process 0 holds the meeting place: if it went first, the other might end of its loss instead of the signal.
 TERMINATED = """
-import os, signal
+import os, signal, time
 from mesh_transformer.processes import join
 p = join(lambda line: None)
-p.barrier("both are here")
+other = p.exchange("number", str(os.getpid()))[1]
+def ended():
+    try:
+        with open(f"/proc/{other}/stat") as file:
+            return ") Z " in file.read()
+    except FileNotFoundError:
+        return True
+while p.index == 0 and not ended():
+    time.sleep(0.02)
 os.kill(os.getpid(), signal.SIGTERM)
 signal.pause()
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -11,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from cached_reader import Reader
 
 from mesh_transformer.config.model import ModelConfig
-from mesh_transformer.model.cache import empty_cache, key_positions
+from mesh_transformer.engine.generator import Generator
+from mesh_transformer.model.cache import key_positions
 from mesh_transformer.model.params import abstract_params
 from mesh_transformer.model.policy import ComputePolicy
-from mesh_transformer.sample.generate import Generator, decode_step, prefill
 from mesh_transformer.sample.options import SamplingOptions
 
 POLICY = ComputePolicy(dtype="float32")
@@ -38,34 +38,6 @@ def params_of(cfg: ModelConfig) -> Any:
     return jax.tree.map(jnp.asarray, reference.random_params(abstract_params(cfg), seed=4, weight=1.3))
 
 
-class Reader:
-    """A batch read through the cache as generation does it: padded prompts first, then one token a row."""
-
-    def __init__(self, cfg: ModelConfig, params: Any, batch: int, n_slots: int, n_positions: int) -> None:
-        self.params = params
-        self.cache = empty_cache(cfg, batch, n_slots, n_positions, jnp.float32)
-        self._prefill = jax.jit(functools.partial(prefill, cfg=cfg, policy=POLICY))
-        self._step = jax.jit(functools.partial(decode_step, cfg=cfg, policy=POLICY))
-
-    def read(self, prompts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        logits, self.cache = self._prefill(self.params, jnp.asarray(prompts), jnp.asarray(lengths), cache=self.cache)
-        return np.asarray(logits)
-
-    def step(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        logits, self.cache = self._step(
-            self.params, jnp.asarray(tokens)[:, None], jnp.asarray(positions), cache=self.cache
-        )
-        return np.asarray(logits)
-
-
-def padded(texts: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
-    """The first tokens of every row; after them ids that would be noticed if they were read."""
-    prompts = np.full((len(texts), width), 28, np.int32)
-    for row, (text, n) in enumerate(zip(texts, lengths, strict=True)):
-        prompts[row, :n] = text[:n]
-    return prompts
-
-
 @pytest.mark.parametrize("position", ["rotary", "fixed", "t5"])
 def test_unequal_prompts_then_token_by_token(position: str) -> None:
     cfg, total = architecture(position, n_ctx=32), 24
@@ -74,10 +46,10 @@ def test_unequal_prompts_then_token_by_token(position: str) -> None:
     lengths = np.asarray([1, 9, 4], np.int32)
     whole = np.stack([reference.forward(params, text, arithmetic(cfg)) for text in texts])
     assert whole.std() >= 1
-    # Fewer slots than the context: a ring is only as long as the longest text needs.
+    # Fewer pages than the context: a ring is only as long as the longest text needs.
     reader = Reader(cfg, params, batch=3, n_slots=total, n_positions=total)
     rows = np.arange(3)
-    logits = reader.read(padded(texts, lengths, width=12), lengths)
+    logits = reader.read(texts, lengths)
     np.testing.assert_allclose(logits, whole[rows, lengths - 1], rtol=0, atol=TOLERANCE)
     at = lengths.copy()
     while (at < total).any():
@@ -109,7 +81,7 @@ def test_sliding_to_three_times_the_context(position: str) -> None:
 
     rows = np.arange(3)
     reader = Reader(cfg, params, batch=3, n_slots=cfg.n_ctx, n_positions=total)
-    logits = reader.read(padded(texts, lengths, width=cfg.n_ctx), lengths)
+    logits = reader.read(texts, lengths)
     np.testing.assert_allclose(logits, truth[rows, lengths - 1], rtol=0, atol=TOLERANCE)
     at = lengths.copy()
     while (at < total).all():  # rows slide at different times
@@ -120,13 +92,15 @@ def test_sliding_to_three_times_the_context(position: str) -> None:
 
 def test_positions_in_the_ring() -> None:
     newest = jnp.asarray([0, 2, 3, 4, 9], jnp.int32)
-    assert key_positions(newest, 4).tolist() == [
+    ring = [
         [0, -3, -2, -1],
         [0, 1, 2, -1],
         [0, 1, 2, 3],
         [4, 1, 2, 3],
         [8, 9, 6, 7],
     ]
+    assert key_positions(newest, 4, 0, 4).tolist() == ring
+    assert key_positions(newest, 4, 2, 2).tolist() == [row[2:] for row in ring]
 
 
 # ------------------------------------------------------------------------------------------ greedy generation

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from mesh_transformer.config.model import ModelConfig
+from mesh_transformer.engine.programs import read, write
 from mesh_transformer.model.cache import empty_cache
 from mesh_transformer.model.decoder import forward
 from mesh_transformer.model.params import abstract_params, count_params, init_params
 from mesh_transformer.model.policy import ComputePolicy, for_inference
-from mesh_transformer.sample.generate import decode_step, prefill
 
 CFG = ModelConfig(n_layers=8, d_model=256, n_heads=4, n_vocab=512, n_ctx=64, d_rotary=16)
 TOKENS = jnp.arange(24, dtype=jnp.int32).reshape(2, 12) * 19 % 512
@@ -37,18 +37,19 @@ def test_equal_to_float32_copies(dtype: str, position: Any) -> None:
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-@pytest.mark.parametrize("program", [prefill, decode_step, forward])
+@pytest.mark.parametrize("program", [read, write, forward])
 def test_no_copy_of_all_weights(program: Any, compute: str) -> None:
     """The compiled programs' own memory is a part of the weights' bytes; without the care taken it is twice them."""
     params = abstract_params(CFG, jnp.bfloat16)
-    one = jax.ShapeDtypeStruct((1, 1 if program is decode_step else 16), jnp.int32)
+    one = jax.ShapeDtypeStruct((2, 16), jnp.int32)
 
     def temporary(policy: ComputePolicy) -> int:
         def whole(params: Any, tokens: Any) -> Any:
             if program is forward:
                 return forward(params, tokens, CFG, policy)
-            cache = empty_cache(CFG, 1, 16, 16, policy.jax_dtype)
-            return program(params, tokens, jnp.ones((1,), jnp.int32), cache=cache, cfg=CFG, policy=policy)[0]
+            how = {"cache": empty_cache(CFG, 3, 16, 16, policy.jax_dtype), "cfg": CFG, "policy": policy}
+            rows = jnp.ones((2, 4), jnp.int32)
+            return (write(params, rows, **how) if program is write else read(params, tokens, rows, **how))[0]
 
         return jax.jit(whole).lower(params, one).compile().memory_analysis().temp_size_in_bytes
 

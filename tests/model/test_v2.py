@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import reference
 import reference_v2
+from cached_reader import PAGE, Reader
 
 from mesh_transformer.config.model import ModelConfig
+from mesh_transformer.engine.generator import Generator
 from mesh_transformer.model import decoder, layers
 from mesh_transformer.model import params as table
-from mesh_transformer.model.cache import empty_cache
 from mesh_transformer.model.loss import loss_report, score_logits
 from mesh_transformer.model.policy import ComputePolicy
-from mesh_transformer.sample.generate import Generator, decode_step, prefill
 from mesh_transformer.sample.options import SamplingOptions
 
 PLAIN = ComputePolicy(dtype="float32")
@@ -216,15 +216,14 @@ def test_reading_token_by_token_equals_reading_at_once(shards: int) -> None:
     cfg, arrays = architecture(at), reference_v2.random_arrays(at, seed=7)
     whole = reference_logits(arrays, ROWS, at)
     params = jax.tree.map(jnp.asarray, reference_v2.split(arrays, at))
-    cache = empty_cache(cfg, 2, 13, 13, jnp.float32)
-    assert cache.k.shape == (2, 2, 13, shards, 48 // shards)
-    prompts, lengths = ROWS[:, :6], np.asarray([2, 6], np.int32)
-    logits, cache = prefill(params, jnp.asarray(prompts), jnp.asarray(lengths), cfg=cfg, policy=PLAIN, cache=cache)
+    reader = Reader(cfg, params, batch=2, n_slots=13, n_positions=13)
+    assert reader.cache.k.shape == (2, 1, 2 * 5 + 1, shards, PAGE, 48 // shards)
+    lengths = np.asarray([2, 6], np.int32)
+    logits = reader.read(ROWS[:, :6], lengths)
     np.testing.assert_allclose(logits, whole[[0, 1], lengths - 1], rtol=0, atol=1e-5)
-    step = jax.jit(functools.partial(decode_step, cfg=cfg, policy=PLAIN))
     for n in range(7):
         now = lengths + n
-        logits, cache = step(params, jnp.asarray(ROWS[[0, 1], now][:, None]), jnp.asarray(now), cache=cache)
+        logits = reader.step(ROWS[[0, 1], now], now)
         np.testing.assert_allclose(logits, whole[[0, 1], now], rtol=0, atol=1e-5)
 
 

@@ -11,8 +11,8 @@ import pytest
 from make_golden import gptj_model, gradients_of
 
 from golden import gptj
+from mesh_transformer.engine.generator import Generator
 from mesh_transformer.model.policy import ComputePolicy
-from mesh_transformer.sample.generate import Generator
 from mesh_transformer.sample.methods import RowOptions, candidate_filter
 from mesh_transformer.sample.options import SamplingOptions
 

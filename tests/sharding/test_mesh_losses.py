@@ -14,8 +14,8 @@ from generation_cases import Agreement, greedy_agreement
 from mesh_cases import CASES, MODEL, QUICKLY, learnable_rows, program_of, run_of
 
 from mesh_transformer.api import Model
+from mesh_transformer.engine.generator import Generator
 from mesh_transformer.model.policy import ComputePolicy
-from mesh_transformer.sample.generate import Generator
 from mesh_transformer.sample.options import SamplingOptions
 from mesh_transformer.sharding.layout import layout_for
 from mesh_transformer.sharding.mesh import AXES

@@ -14,9 +14,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.model import layers
-from mesh_transformer.model.cache import KVCache, key_positions
+from mesh_transformer.model.cache import KVCache, attend
 from mesh_transformer.model.params import ParamSpec, is_multiplied, param_table
 from mesh_transformer.model.policy import ComputePolicy
+from mesh_transformer.model.quantize import Int8, map_arrays
 from mesh_transformer.shapes import Array, Float, Int, Params
 from mesh_transformer.sharding.pipeline import run_stages
 from mesh_transformer.sharding.rules import ONE_DEVICE, STREAM, Rules
@@ -30,14 +31,17 @@ _GATHERED = "gathered"
 class Where:
     """Everything that a block needs to know of positions; the same for every layer.
 
-    sin, cos: [#batch seq half_rotary], None without rotary positions. bias: added to the scores, [#batch #heads seq
-    keys]. positions: [#batch seq], the place of every query since the start of its text.
+    positions: [#batch seq], the place of every query since the start of its text. sin, cos: [#batch seq half_rotary],
+    None without rotary positions. Without a cache, bias: added to the scores, [#batch #heads seq keys]. With one,
+    pages: the table of every row, [batch width]; relative: T5 biases of every distance, [heads buckets], or None.
     """
 
     positions: Array
-    bias: Array
-    sin: Array | None
-    cos: Array | None
+    sin: Array | None = None
+    cos: Array | None = None
+    bias: Array | None = None
+    pages: Array | None = None
+    relative: Array | None = None
 
 
 def forward(
@@ -61,13 +65,13 @@ def hidden(
     *,
     start: Int[Array, " batch"] | None = None,
     cache: KVCache | None = None,
+    pages: Int[Array, "batch width"] | None = None,
 ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
     """The residual stream after the last block, lying as `rules.after_stages` say, and the cache with these tokens.
 
     Without a cache the tokens are whole texts. With one, row b continues its text at position `start[b]`, sees what
-    the cache holds, and is written into it; a row may be padded on the right, since nothing sees a later position and
-    the next call overwrites it. More than one token a row is only right while the cache has not begun to slide. A
-    pipeline has no cache.
+    the cache holds in its `pages`, and is written into them; a row may be padded on the right, since nothing sees a
+    later position and the next call overwrites it. A row's tokens must lie within one page. A pipeline has no cache.
     """
     seq = tokens.shape[1]
     first = jnp.zeros((1,), jnp.int32) if start is None else start
@@ -78,7 +82,7 @@ def hidden(
         there = rules.use((None if start is None else "batch", "seq", "embed"))
         x = x + embed["positions"].at[positions].get(mode="clip", out_sharding=there).astype(jnp.float32)
     x = rules.place(x, STREAM)
-    where = locate(params, positions, cache, cfg, rules)
+    where = locate(params, positions, cache, pages, cfg, rules)
     if rules.n_stages == 1:
         return run_blocks(params["layers"], x, where, cache, cfg, policy, rules)
     assert cache is None, "a pipeline has no cache"
@@ -87,23 +91,32 @@ def hidden(
 
 
 def locate(
-    params: Params, positions: Array, cache: KVCache | None, cfg: ModelConfig, rules: Rules = ONE_DEVICE
+    params: Params,
+    positions: Array,
+    cache: KVCache | None,
+    pages: Array | None,
+    cfg: ModelConfig,
+    rules: Rules = ONE_DEVICE,
 ) -> Where:
     """Masks, rotary angles and relative biases for queries at `positions` ([#batch seq])."""
     rows = None if cache is None else "batch"  # without a cache one row of positions stands for all
-    keys = positions if cache is None else key_positions(positions[:, -1], cache.n_slots)
-    bias = layers.sliding_mask(positions, keys, cfg.n_ctx)
+    where = Where(positions=positions, pages=pages)
+    relative = None
     if cfg.position == "t5":
-        relative = gather(params["relative"], param_table(cfg)["relative"], rules)
-        split = rules.use(("heads", rows, None, None))
-        bias = bias + layers.relative_bias(relative["bias"], positions, keys, cfg.n_ctx, split)
-    if cfg.position != "rotary":
-        return Where(positions=positions, bias=bias, sin=None, cos=None)
-    n_positions = positions.shape[1] if cache is None else cache.sin.shape[0]
-    sin, cos = layers.rotary_tables(n_positions, cfg.d_rotary) if cache is None else (cache.sin, cache.cos)
-    split = rules.use((rows, "seq", None))
-    sin, cos = (jnp.asarray(table).at[positions].get(out_sharding=split) for table in (sin, cos))
-    return Where(positions=positions, bias=bias, sin=sin, cos=cos)
+        relative = gather(params["relative"], param_table(cfg)["relative"], rules)["bias"]
+    if cfg.position == "rotary":
+        sin, cos = layers.rotary_tables(positions.shape[1], cfg.d_rotary) if cache is None else (cache.sin, cache.cos)
+        split = rules.use((rows, "seq", None))
+        sin, cos = (jnp.asarray(table).at[positions].get(out_sharding=split) for table in (sin, cos))
+        where = dataclasses.replace(where, sin=sin, cos=cos)
+    if cache is not None:
+        return dataclasses.replace(where, relative=relative)
+    bias = layers.sliding_mask(positions, positions, cfg.n_ctx)
+    if relative is not None:
+        bias = bias + layers.relative_bias(
+            relative, positions, positions, cfg.n_ctx, rules.use(("heads", None, None, None))
+        )
+    return dataclasses.replace(where, bias=bias)
 
 
 def run_blocks(
@@ -180,10 +193,13 @@ def self_attention(
         q, k, v = (x + p[name].astype(jnp.float32) for x, name in ((q, "b_q"), (k, "b_k"), (v, "b_v")))
     if where.sin is not None and where.cos is not None:
         q, k = layers.rotate(q, where.sin, where.cos), layers.rotate(k, where.sin, where.cos)
-    if cache is not None:
-        cache = cache.write(layer, where.positions, k, v)
-        k, v = cache.k[layer], cache.v[layer]
-    mixed = layers.attention(q, k, v, where.bias, cfg, policy)
+    if cache is None:
+        assert where.bias is not None
+        mixed = layers.attention(q, k, v, where.bias, cfg, policy)
+    else:
+        assert where.pages is not None
+        cache = cache.write(layer, where.pages, where.positions, k, v)
+        mixed = attend(q, cache, layer, where.pages, where.positions, where.relative, cfg, policy, rules)
     out = rules.partial(("batch", "seq", "embed"), over="heads")
     return layers.product("bshd,hde->bse", mixed, p["o"], policy, out), cache
 
@@ -228,12 +244,14 @@ def gather(params: Params, specs: Any, rules: Rules) -> Params:
     A leaf may lack its leading `layers` axis, being one slice of it.
     """
 
-    def one(w: Array, spec: ParamSpec) -> Array:
+    def one(w: Any, spec: ParamSpec) -> Any:
+        if isinstance(w, Int8):
+            return map_arrays(rules.place, spec, w)
         axes = spec.axes[len(spec.axes) - w.ndim :]
         used = rules.place_weight(w, axes) if waits(spec, w) else rules.place(w, axes)
         return used if rules.param(axes) == rules.use(axes) else checkpoint_name(used, _GATHERED)
 
-    return jax.tree.map(one, params, specs)
+    return jax.tree.map(one, params, specs, is_leaf=lambda w: isinstance(w, Int8))
 
 
 def waits(spec: ParamSpec, w: Any) -> bool:

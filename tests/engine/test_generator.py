@@ -6,7 +6,7 @@ import copy
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,10 @@ import pytest
 from mesh_transformer.config.errors import UserError
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.data.tokenizer import Tokenizer, load_tokenizer
+from mesh_transformer.engine.generator import Generator
 from mesh_transformer.model import decoder
 from mesh_transformer.model.params import abstract_params
 from mesh_transformer.model.policy import ComputePolicy
-from mesh_transformer.sample import generate as module
-from mesh_transformer.sample.generate import Generator
-from mesh_transformer.sample.methods import RowOptions, next_tokens
 from mesh_transformer.sample.options import Completion, SamplingOptions
 
 POLICY = ComputePolicy(dtype="float32")
@@ -40,14 +38,6 @@ def random_params(cfg: ModelConfig, seed: int = 0) -> dict:
         return jnp.asarray((names[-1] == "scale") + spread * random.normal(size=leaf.shape), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(one, abstract_params(cfg))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_shapes() -> Iterator[None]:
-    """One bucket for all lengths here, which saves most of the compiling."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_SMALLEST_BUCKET", 64)
-        yield
 
 
 @functools.cache
@@ -216,8 +206,6 @@ def test_wrong_prompts() -> None:
         without.generate([[]], [SamplingOptions()])
     with pytest.raises(UserError, match=r"stop strings .* no tokenizer"):
         without.generate([[1]], [SamplingOptions(stop=("x",))])
-    with pytest.raises(UserError, match="share a sampler"):
-        generator().generate([[1], [1]], [SamplingOptions(), SamplingOptions(sampler="legacy")])
     ids = without.generate([[1, 2]], [SamplingOptions(max_tokens=4, temperature=0.0)])[0]
     assert (ids.text, ids.tokens) == ("", naive([1, 2], 4))
 
@@ -252,40 +240,6 @@ def test_the_legacy_sampler() -> None:
     likeliest = np.sort(np.asarray(jax.nn.softmax(predictor()(jnp.asarray(padded))[3])))[::-1]
     n_kept = int((np.cumsum(likeliest) - likeliest <= 0.3).sum())
     assert len(first_tokens("legacy")) <= n_kept < 10 < len(first_tokens("default"))
-
-
-@pytest.mark.parametrize("sampler", ["default", "legacy"])
-def test_a_tiny_temperature_is_greedy(sampler: str) -> None:
-    # 90 / 1e-37 is more than float32 holds.
-    logits = jnp.asarray([[80.0, 90.0, -5.0, 85.0]])
-    options = RowOptions(
-        temperature=jnp.asarray([1e-37], jnp.float32), top_k=jnp.zeros(1, jnp.int32), top_p=jnp.ones(1),
-        min_p=jnp.zeros(1), keys=jax.random.key_data(jax.random.key(0))[None],
-    )  # fmt: skip
-    assert next_tokens(logits, jnp.zeros(1, jnp.int32), options, sampler, False).tolist() == [1]
-
-
-def test_programs_are_compiled_once_for_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
-    traced: Counter[str] = Counter()
-
-    def counted(name: str) -> None:
-        function = getattr(module, name)
-
-        @functools.wraps(function)
-        def wrapper(*args: object, **kwargs: object) -> object:
-            traced[name] += 1
-            return function(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, wrapper)
-
-    for name in ("prefill", "decode_step", "next_tokens"):
-        counted(name)
-    one = Generator(generator().cfg, generator().params, POLICY, generator().tokenizer)
-    for length, n_tokens, seed, temperature in [(3, 9, 0, 1.0), (9, 5, 1, 0.5), (1, 15, 2, 0.0)]:
-        one.generate([prompt_of(length)], [SamplingOptions(max_tokens=n_tokens, seed=seed, temperature=temperature)])
-        assert traced == {"prefill": 1, "decode_step": 1, "next_tokens": 1}
-    one.generate([prompt_of(3)], [SamplingOptions(max_tokens=9, top_k=2)])
-    assert traced == {"prefill": 1, "decode_step": 1, "next_tokens": 2}, "filters are a program of their own"
 
 
 def test_the_tokenizer_of_the_tests_is_the_one_that_ends_at_256() -> None:

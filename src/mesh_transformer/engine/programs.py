@@ -1,0 +1,199 @@
+"""The engine's compiled programs: read a chunk of a prompt, add a token to every row, choose the next tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mesh_transformer.config.model import ModelConfig
+from mesh_transformer.engine.request import MOST_ALTERNATIVES
+from mesh_transformer.engine.slots import Slots, fill_slot
+from mesh_transformer.model.cache import KVCache
+from mesh_transformer.model.decoder import hidden, unembed
+from mesh_transformer.model.policy import ComputePolicy
+from mesh_transformer.sample.methods import next_tokens
+from mesh_transformer.shapes import Array, Float, Int, Params
+from mesh_transformer.sharding.layout import ONE_DEVICE_LAYOUT, Layout
+from mesh_transformer.sharding.rules import ONE_DEVICE, Rules
+
+# XLA computes a product of one row by another kernel, which rounds differently: rows are at least so many.
+FEWEST_ROWS = 2
+
+
+class Alternatives(NamedTuple):
+    """Log-probabilities in nats of given tokens [...], and the likeliest ids and theirs [..., MOST_ALTERNATIVES]."""
+
+    of_token: Any
+    ids: Any
+    values: Any
+
+
+class Programs:
+    """One model's programs, compiled once for every shape; engines share them."""
+
+    def __init__(self, cfg: ModelConfig, policy: ComputePolicy, layout: Layout = ONE_DEVICE_LAYOUT) -> None:
+        self.cfg, self.policy, self.layout = cfg, policy, layout
+        how: dict[str, Any] = {"cfg": cfg, "policy": policy, "rules": layout.rules}
+        self._read = jax.jit(functools.partial(read, **how), donate_argnames="cache")
+        self._read_scored = jax.jit(functools.partial(read_scored, **how), donate_argnames="cache")
+        self._write = jax.jit(functools.partial(write, **how), donate_argnames="cache")
+        self._choose = jax.jit(choose, donate_argnames="slots", static_argnames="shaped")
+        self._fill = jax.jit(fill_slot, donate_argnames="slots")
+
+    def read(
+        self, params: Params, cache: KVCache, tokens: np.ndarray, rows: np.ndarray, targets: np.ndarray | None = None
+    ) -> tuple[Array, KVCache, Alternatives | None]:
+        """See `read`; with targets, `read_scored`. The logits lie on one device."""
+        with self.layout.using():
+            placed = self.layout.place_rows(tokens), self.layout.place_rows(rows)
+            if targets is None:
+                logits, cache = self._read(params, *placed, cache=cache)
+                return self._whole(logits), cache, None
+            logits, scores, cache = self._read_scored(params, *placed, self.layout.place_rows(targets), cache=cache)
+        return self._whole(logits), cache, jax.tree.map(self._whole, scores)
+
+    def write(self, params: Params, cache: KVCache, rows: np.ndarray) -> tuple[Array, KVCache]:
+        """See `write`. The logits lie on one device."""
+        with self.layout.using():
+            logits, cache = self._write(params, self.layout.place_rows(rows), cache=cache)
+        return self._whole(logits), cache
+
+    def choose(
+        self, logits: Array, slots: Slots, rows: np.ndarray, end: int, shaped: bool
+    ) -> tuple[Array, Alternatives, Slots]:
+        """See `choose`."""
+        return self._choose(logits, rows, np.int32(end), slots=slots, shaped=shaped)
+
+    def fill(self, slots: Slots, *values: Any) -> Slots:
+        """See `slots.fill_slot`."""
+        return self._fill(*values, slots=slots)
+
+    @property
+    def n_compiled(self) -> int:
+        """Programs compiled until now."""
+        programs: list[Any] = [self._read, self._read_scored, self._write, self._choose, self._fill]
+        return sum(program._cache_size() for program in programs)
+
+    def _whole(self, value: Array) -> Array:
+        """On one device: choosing the next tokens is little work."""
+        return value if self.layout.mesh is None else value.addressable_data(0)
+
+
+def read(
+    params: Params,
+    tokens: Int[Array, "batch seq"],
+    rows: Int[Array, "batch columns"],
+    *,
+    cache: KVCache,
+    cfg: ModelConfig,
+    policy: ComputePolicy,
+    rules: Rules = ONE_DEVICE,
+) -> tuple[Float[Array, "several vocab"], KVCache]:
+    """Reads a chunk of every row's text: logits after its last token, FEWEST_ROWS times, and the cache with it.
+
+    rows: position of the chunk's first token, number of tokens (the rest is padding), then the table of pages.
+    """
+    x, filled = _read(params, tokens, rows, cache, cfg, policy, rules)
+    last = jax.vmap(lambda row, n: row[n - 1])(x, rows[:, 1])
+    logits = unembed(params, _several(last), cfg, policy, rules)
+    return rules.place(logits, (None, None, None)).reshape(-1, logits.shape[-1]), filled
+
+
+def read_scored(
+    params: Params,
+    tokens: Int[Array, "batch seq"],
+    rows: Int[Array, "batch columns"],
+    targets: Int[Array, "batch seq"],
+    *,
+    cache: KVCache,
+    cfg: ModelConfig,
+    policy: ComputePolicy,
+    rules: Rules = ONE_DEVICE,
+) -> tuple[Float[Array, "several vocab"], Alternatives, KVCache]:
+    """As `read`, and how likely `targets` were after every token."""
+    x, filled = _read(params, tokens, rows, cache, cfg, policy, rules)
+    logits = rules.place(unembed(params, x, cfg, policy, rules), (None, None, None))
+    last = jax.vmap(lambda row, n: row[n - 1])(logits, rules.place(rows[:, 1], (None,)))
+    scores = alternatives(logits, rules.place(targets, (None, None)))
+    return _several(last).reshape(-1, last.shape[-1]), scores, filled
+
+
+def _several(rows: Array) -> Array:
+    return jnp.broadcast_to(rows[:, None], (rows.shape[0], FEWEST_ROWS, *rows.shape[1:]))
+
+
+def _read(
+    params: Params, tokens: Array, rows: Array, cache: KVCache, cfg: ModelConfig, policy: ComputePolicy, rules: Rules
+) -> tuple[Array, KVCache]:
+    x, filled = hidden(params, tokens, cfg, policy, rules, start=rows[:, 0], cache=cache, pages=rows[:, 2:])
+    assert filled is not None
+    return x, filled
+
+
+def write(
+    params: Params,
+    rows: Int[Array, "batch columns"],
+    *,
+    cache: KVCache,
+    cfg: ModelConfig,
+    policy: ComputePolicy,
+    rules: Rules = ONE_DEVICE,
+) -> tuple[Float[Array, "batch vocab"], KVCache]:
+    """Adds one token to every row: logits of the next, and the cache with it.
+
+    rows: the token, its position, then the table of pages.
+    """
+    x, filled = hidden(params, rows[:, :1], cfg, policy, rules, start=rows[:, 1], cache=cache, pages=rows[:, 2:])
+    assert filled is not None
+    return rules.place(unembed(params, x, cfg, policy, rules)[:, 0], (None, None)), filled
+
+
+def choose(
+    logits: Float[Array, "batch vocab"],
+    rows: Int[Array, "batch 3"],
+    end: Int[Array, ""],
+    *,
+    slots: Slots,
+    shaped: bool,
+) -> tuple[Int[Array, " batch"], Alternatives, Slots]:
+    """The next token of every row, its likelihood, and the slots that have counted it.
+
+    rows: slot, position of the new token, whether end-of-text is held off. end: the end-of-text id, negative if
+    there is none. Likelihoods are the model's own and computed if a row asks for them; otherwise they are zeros.
+    `shaped` False promises that no row has biases or penalties, and saves touching the counts of tokens.
+    """
+    slot, positions, held_off = rows.T
+    own = logits
+    if shaped:
+        logits = shape_logits(logits, slots, slot)
+    at_end = jnp.arange(logits.shape[1]) == end
+    logits = jnp.where(at_end[None, :] & (held_off > 0)[:, None], -jnp.inf, logits)
+    tokens = next_tokens(logits, positions, jax.tree.map(lambda values: values[slot], slots.options))
+    if shaped:
+        slots = dataclasses.replace(slots, counts=slots.counts.at[slot, tokens].add(1))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(alternatives, own, tokens))
+    scores = jax.lax.cond(jnp.any(slots.scored[slot]), alternatives, lambda *_: zeros, own, tokens)
+    return tokens, scores, slots
+
+
+def shape_logits(
+    logits: Float[Array, "batch vocab"], slots: Slots, slot: Int[Array, " batch"]
+) -> Float[Array, "batch vocab"]:
+    """With biases added, and penalties for what the completion holds already subtracted."""
+    add = lambda row, ids, values: row.at[ids].add(values, mode="drop")  # noqa: E731
+    logits = jax.vmap(add)(logits, slots.bias_ids[slot], slots.bias_values[slot])
+    counts = slots.counts[slot].astype(jnp.float32)
+    presence, frequency = slots.presence[slot, None], slots.frequency[slot, None]
+    return logits - frequency * counts - presence * (counts > 0)
+
+
+def alternatives(logits: Float[Array, "*rows vocab"], tokens: Int[Array, "*rows"]) -> Alternatives:
+    """Log-probabilities of `tokens` and of the likeliest ids."""
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    values, ids = jax.lax.top_k(log_probs, min(MOST_ALTERNATIVES, logits.shape[-1]))
+    return Alternatives(jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0], ids, values)
