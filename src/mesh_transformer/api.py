@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import numpy as np
 
 from mesh_transformer.checkpoint.convert import TARGETS, Conversion, Progress, convert
 from mesh_transformer.checkpoint.models import open_weights
+from mesh_transformer.checkpoint.quantized import assemble_int8
 from mesh_transformer.checkpoint.weights import TOKENIZER_FILE, InMemory, Weights, assemble, stored_bytes
 from mesh_transformer.compat import give_memory_back
 from mesh_transformer.config.dtypes import dtype_name
@@ -24,14 +25,18 @@ from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.config.run import MeshConfig, mesh_from_text
 from mesh_transformer.data.choice import check_fits, default_tokenizer
 from mesh_transformer.data.tokenizer import Tokenizer, from_bytes, load_tokenizer
+from mesh_transformer.engine.engine import Engine
+from mesh_transformer.engine.generator import Generator
+from mesh_transformer.engine.service import EngineService
 from mesh_transformer.evaluate.scoring import log_likelihood
 from mesh_transformer.model.decoder import features, forward
 from mesh_transformer.model.params import map_table
 from mesh_transformer.model.policy import ComputePolicy, default_policy, for_inference
-from mesh_transformer.sample.generate import Generator
+from mesh_transformer.model.quantize import check_quantize, is_quantized, map_arrays
 from mesh_transformer.sample.options import Completion, Piece, SamplingOptions
 from mesh_transformer.shapes import Params
 from mesh_transformer.sharding.layout import ONE_DEVICE_LAYOUT, Layout, inference_layout
+from mesh_transformer.sharding.rules import Axes
 
 Prompt = str | Sequence[int]
 _log = logging.getLogger(__name__)
@@ -54,6 +59,7 @@ def load(
     step: int | None = None,
     config: str | None = None,
     mesh: MeshConfig | str | None = None,
+    quantize: str | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Model:
     """Opens a model: a run directory, a native checkpoint, a Hugging Face GPT-J directory, the original's, or a Hub id.
@@ -67,21 +73,25 @@ def load(
         config: the configuration of an original checkpoint that has none beside it.
         mesh: devices to lay the model over, as "data=2,tensor=4": rows of a batch over data, heads, feed-forward and
             vocabulary over tensor; by default the first device alone.
+        quantize: "int8" holds the matrices of products in 8 bits with a scale for every output channel; `dtype` then
+            is that of everything else and of the arithmetic. Such a model computes and writes; it cannot be saved.
         progress: called with a stage, the bytes done and those of the whole stage.
 
     Raises:
         CheckpointError: there is no model, or it is damaged; the message names the file.
         ConfigError: `config` cannot be used, or `mesh` does not divide the model or the devices.
         DataError: the tokenizer cannot be read or has more ids than the model.
+        UserError: `quantize` is not known.
     """
     dtype = dtype_name(dtype) if dtype is not None else None
+    check_quantize(quantize)
     weights = open_weights(path, step=step, config=config, report=functools.partial(_log.warning, "%s"))
     chosen = tokenizer_of(weights, tokenizer)
     source = Source(weights.where, weights.format, weights.step)
     layout = ONE_DEVICE_LAYOUT
     if mesh is not None:
         layout = inference_layout(mesh_from_text(mesh) if isinstance(mesh, str) else mesh, weights.cfg)
-    params = _on_devices(weights, dtype, layout, progress)
+    params = _on_devices(weights, dtype, quantize, layout, progress)
     return Model(weights.cfg, params, chosen, default_policy(dtype), source, layout)
 
 
@@ -103,7 +113,9 @@ def tokenizer_of(weights: Weights, given: str | None = None) -> Tokenizer | None
     return chosen
 
 
-def _on_devices(weights: Weights, dtype: str | None, layout: Layout, progress: Progress) -> Params:
+def _on_devices(
+    weights: Weights, dtype: str | None, quantize: str | None, layout: Layout, progress: Progress
+) -> Params:
     """The parameters, piece by piece; on one CPU device the arrays read into are those computed with."""
     done, total = 0, stored_bytes(weights)
 
@@ -112,9 +124,12 @@ def _on_devices(weights: Weights, dtype: str | None, layout: Layout, progress: P
         done += n_bytes
         progress("loading", done, total)
 
-    params = assemble(weights, jnp.dtype(dtype) if dtype else None, progress=count)
-    where = map_table(lambda s: layout.sharding(layout.rules.param(s.axes)), weights.cfg)
-    placed = jax.tree.map(lambda a, sharding: jax.device_put(a, sharding, may_alias=True), params, where)
+    def place(a: np.ndarray, axes: Axes) -> jax.Array:
+        return jax.device_put(a, layout.sharding(layout.rules.param(axes)), may_alias=True)
+
+    read = assemble_int8 if quantize else assemble
+    params = read(weights, jnp.dtype(dtype) if dtype else None, progress=count)
+    placed = map_table(functools.partial(map_arrays, place), weights.cfg, params)
     del params
     give_memory_back()  # what reading ahead took
     return placed
@@ -199,6 +214,20 @@ class Model:
         """As `generate`, in pieces as the text comes."""
         return self._generator.stream(*self._requests(prompts, samples, options))
 
+    def service(
+        self, *, max_batch: int = 8, max_queue: int = 64, when_full: Literal["slide", "stop"] = "slide"
+    ) -> EngineService:
+        """The model behind a thread that serves many requests at once; not started.
+
+        Args:
+            max_batch: texts under way at one time; the cache is allocated for so many of the whole context.
+            max_queue: texts that may wait beyond them.
+            when_full: what a text does that outgrows the context: slide past its oldest tokens, or stop.
+        """
+        slide = when_full == "slide"
+        engine = Engine(self._generator.programs, self.params, self.tokenizer, max_batch=max_batch, slide=slide)
+        return EngineService(engine, max_queue=max_queue)
+
     def log_likelihood(self, context: str, continuation: str) -> tuple[float, bool]:
         """log p(continuation | context) in nats, and whether greedy decoding would write exactly it.
 
@@ -229,8 +258,13 @@ class Model:
 
         Raises:
             CheckpointError: the directory exists or cannot be written.
-            UserError: no such format, or it cannot hold this architecture.
+            UserError: no such format, or it cannot hold this architecture; or this model is quantised.
         """
+        if is_quantized(self.params):
+            raise UserError(
+                "this model was loaded with its weights rounded to int8, and a copy of them would pass for the "
+                "original; load it without quantize= to save it"
+            )
         step = self.source.step if self.source else None
         convert(
             InMemory(self.config, self.params, step=step), Path(path), conversion(format, self.tokenizer), certify=False

@@ -32,6 +32,7 @@ def generate(
     stream: bool = typer.Option(False, "--stream", help="Write the text as it comes (one prompt, one sample)."),
     json_: bool = typer.Option(False, "--json", help="One JSON object a completion."),
     dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16; default: weights as stored."),
+    quantize: str | None = typer.Option(None, metavar="int8", help="Hold matrices in 8 bits; default: as stored."),
     tokenizer: str | None = typer.Option(None, help="gpt2, bytes or a tokenizer.json; default: the model's own."),
     step: int | None = typer.Option(None, help="Which checkpoint of several; default: the newest."),
     mesh: str | None = typer.Option(
@@ -71,6 +72,7 @@ def generate(
             step=step,
             config=config,
             mesh=mesh,
+            quantize=quantize,
             progress=display.progress,
         )
     if not prompts:

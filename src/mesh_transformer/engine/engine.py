@@ -19,7 +19,7 @@ import numpy as np
 from mesh_transformer.config.errors import UserError
 from mesh_transformer.data.tokenizer import Tokenizer
 from mesh_transformer.engine.pages import SCRATCH, PagePool, chunk_width, page_size, table_width
-from mesh_transformer.engine.programs import FEWEST_ROWS, Alternatives, Programs
+from mesh_transformer.engine.programs import Alternatives, Programs
 from mesh_transformer.engine.request import MOST_ALTERNATIVES, Output, Request, TokenLogprob
 from mesh_transformer.engine.sequence import Sequence
 from mesh_transformer.engine.slots import empty_slots, slot_values
@@ -102,6 +102,10 @@ class Engine:
     def max_batch(self) -> int:
         """Texts that can be under way at one time."""
         return self.slots_per_group * self.n_groups
+
+    def n_rows(self, n: int) -> int:
+        """The rows that `n` texts of a group are padded to: a power of two, so that few shapes are compiled."""
+        return max(self.programs.fewest_rows, 1 << (n - 1).bit_length())
 
     @property
     def busy(self) -> bool:
@@ -216,7 +220,9 @@ class Engine:
         self.running.remove(sequence)
 
     def _release_pages(self, sequence: Sequence) -> None:
-        for page in sequence.pages:
+        # The last first, since pages are given away in the order in which they were left, and a beginning without its
+        # first page cannot be found.
+        for page in sequence.pages[::-1]:
             if page != SCRATCH:
                 self._pools[sequence.group].release(int(page))
         sequence.pages[:] = SCRATCH
@@ -273,10 +279,10 @@ class Engine:
             work.append(_Work(scores, lambda scores: self._note_prompts(parts, scores)))
         for group, sequence in readers.items():
             self._has_read(sequence, chunks[group])
-        finished: list[Sequence | None] = [None] * (self.n_groups * FEWEST_ROWS)
+        finished: list[Sequence | None] = [None] * (self.n_groups * self.programs.fewest_rows)
         for group, each in readers.items():
             if not each.reading and each.options.max_tokens:
-                finished[group * FEWEST_ROWS] = each
+                finished[group * self.programs.fewest_rows] = each
         if any(finished):
             work.append(self._choose(logits, finished))
         return work
@@ -303,7 +309,7 @@ class Engine:
                 groups[sequence.group].append(sequence)
         if not any(groups):
             return []
-        of_group = n_rows(max(len(group) for group in groups))
+        of_group = self.n_rows(max(len(group) for group in groups))
         order: list[Sequence | None] = []
         for group in groups:
             order += [*group, *[None] * (of_group - len(group))]
@@ -369,8 +375,3 @@ class Engine:
 def _logprob(scores: Alternatives, at: tuple[int, ...], token: int, n: int) -> TokenLogprob:
     pairs = zip(scores.ids[at][:n].tolist(), scores.values[at][:n].tolist(), strict=True)
     return TokenLogprob(token, float(scores.of_token[at]), tuple(pairs))
-
-
-def n_rows(n: int) -> int:
-    """The rows that a batch of `n` texts is padded to: a power of two, so that few shapes are compiled."""
-    return max(FEWEST_ROWS, 1 << (n - 1).bit_length())

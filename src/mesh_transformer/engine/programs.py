@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mesh_transformer.compat import alike
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.engine.request import MOST_ALTERNATIVES
 from mesh_transformer.engine.slots import Slots, fill_slot
@@ -20,9 +21,6 @@ from mesh_transformer.sample.methods import next_tokens
 from mesh_transformer.shapes import Array, Float, Int, Params
 from mesh_transformer.sharding.layout import ONE_DEVICE_LAYOUT, Layout
 from mesh_transformer.sharding.rules import ONE_DEVICE, Rules
-
-# XLA computes a product of one row by another kernel, which rounds differently: rows are at least so many.
-FEWEST_ROWS = 2
 
 
 class Alternatives(NamedTuple):
@@ -39,9 +37,13 @@ class Programs:
     def __init__(self, cfg: ModelConfig, policy: ComputePolicy, layout: Layout = ONE_DEVICE_LAYOUT) -> None:
         self.cfg, self.policy, self.layout = cfg, policy, layout
         how: dict[str, Any] = {"cfg": cfg, "policy": policy, "rules": layout.rules}
-        self._read = jax.jit(functools.partial(read, **how), donate_argnames="cache")
-        self._read_scored = jax.jit(functools.partial(read_scored, **how), donate_argnames="cache")
-        self._write = jax.jit(functools.partial(write, **how), donate_argnames="cache")
+        options, self.fewest_rows, product_rows = alike(policy.dtype)
+        if layout.mesh is None:
+            how["policy"] = dataclasses.replace(policy, product_rows=product_rows)
+        compile_ = functools.partial(jax.jit, donate_argnames="cache", compiler_options=options)
+        self._read = compile_(functools.partial(read, n_copies=self.fewest_rows, **how))
+        self._read_scored = compile_(functools.partial(read_scored, n_copies=self.fewest_rows, **how))
+        self._write = compile_(functools.partial(write, **how))
         self._choose = jax.jit(choose, donate_argnames="slots", static_argnames="shaped")
         self._fill = jax.jit(fill_slot, donate_argnames="slots")
 
@@ -90,18 +92,17 @@ def read(
     rows: Int[Array, "batch columns"],
     *,
     cache: KVCache,
+    n_copies: int,
     cfg: ModelConfig,
     policy: ComputePolicy,
     rules: Rules = ONE_DEVICE,
-) -> tuple[Float[Array, "several vocab"], KVCache]:
-    """Reads a chunk of every row's text: logits after its last token, FEWEST_ROWS times, and the cache with it.
+) -> tuple[Float[Array, "copies vocab"], KVCache]:
+    """Reads a chunk of every row's text: logits after its last token, and the cache with it.
 
     rows: position of the chunk's first token, number of tokens (the rest is padding), then the table of pages.
     """
     x, filled = _read(params, tokens, rows, cache, cfg, policy, rules)
-    last = jax.vmap(lambda row, n: row[n - 1])(x, rows[:, 1])
-    logits = unembed(params, _several(last), cfg, policy, rules)
-    return rules.place(logits, (None, None, None)).reshape(-1, logits.shape[-1]), filled
+    return _after_last(params, x, rows, n_copies, cfg, policy, rules), filled
 
 
 def read_scored(
@@ -111,20 +112,26 @@ def read_scored(
     targets: Int[Array, "batch seq"],
     *,
     cache: KVCache,
+    n_copies: int,
     cfg: ModelConfig,
     policy: ComputePolicy,
     rules: Rules = ONE_DEVICE,
-) -> tuple[Float[Array, "several vocab"], Alternatives, KVCache]:
+) -> tuple[Float[Array, "copies vocab"], Alternatives, KVCache]:
     """As `read`, and how likely `targets` were after every token."""
     x, filled = _read(params, tokens, rows, cache, cfg, policy, rules)
     logits = rules.place(unembed(params, x, cfg, policy, rules), (None, None, None))
-    last = jax.vmap(lambda row, n: row[n - 1])(logits, rules.place(rows[:, 1], (None,)))
     scores = alternatives(logits, rules.place(targets, (None, None)))
-    return _several(last).reshape(-1, last.shape[-1]), scores, filled
+    return _after_last(params, x, rows, n_copies, cfg, policy, rules), scores, filled
 
 
-def _several(rows: Array) -> Array:
-    return jnp.broadcast_to(rows[:, None], (rows.shape[0], FEWEST_ROWS, *rows.shape[1:]))
+def _after_last(
+    params: Params, x: Array, rows: Array, n_copies: int, cfg: ModelConfig, policy: ComputePolicy, rules: Rules
+) -> Array:
+    """Logits after the last token of every row, each `n_copies` times."""
+    last = jax.vmap(lambda row, n: row[n - 1])(x, rows[:, 1])
+    several = jnp.broadcast_to(last[:, None], (last.shape[0], n_copies, last.shape[1]))
+    logits = rules.place(unembed(params, several, cfg, policy, rules), (None, None, None))
+    return logits.reshape(-1, logits.shape[-1])
 
 
 def _read(

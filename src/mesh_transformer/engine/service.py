@@ -49,6 +49,7 @@ class Group:
 
     receive: Receive
     _service: EngineService
+    cancelled: bool = False
 
     def cancel(self) -> None:
         """Ends all of it before the next step; nothing is received after the step that is under way."""
@@ -66,7 +67,7 @@ class EngineService:
         self._engine, self._max_queue = engine, max_queue
         self._changed = threading.Condition()  # guards what follows
         self._new: collections.deque[tuple[Group, int, Request]] = collections.deque()
-        self._cancelled: list[Group] = []
+        self._some_cancelled = False
         self._ready = self._closing = self._ended = False
         self._failures = self._waiting = 0
         self._owners: dict[sequences.Sequence, tuple[Group, int]] = {}  # the thread's own
@@ -78,7 +79,13 @@ class EngineService:
         return self._ready and not self._closing
 
     def start(self) -> None:
-        """Begins: compiles everything, then serves. Returns at once; requests may be submitted before it is ready."""
+        """Begins: compiles everything, then serves. Returns at once; requests may be submitted before it is ready.
+
+        Raises:
+            RunError: it was closed.
+        """
+        if self._ended:
+            raise RunError("this service has been closed and cannot start; make another")
         self._thread.start()
 
     def check(self, request: Request) -> None:
@@ -102,7 +109,7 @@ class EngineService:
             if self._waiting and self._waiting + len(requests) > self._max_queue:
                 raise QueueFull(f"{self._waiting} requests wait already, of at most {self._max_queue}")
             self._new += ((group, i, request) for i, request in enumerate(requests))
-            self._count_waiting()
+            self._waiting += len(requests)
             self._changed.notify()
         return group
 
@@ -121,20 +128,22 @@ class EngineService:
     def close(self, timeout: float) -> bool:
         """Takes nothing more, finishes what was accepted, for at most `timeout` seconds; whether all of it was.
 
-        What is not finished then ends with an error.
+        What is not finished then ends with an error, told by this thread if the engine has not seen it yet.
         """
         with self._changed:
             self._closing = True
             self._changed.notify()
-        if not self._thread.is_alive():
-            return True
-        self._thread.join(timeout)
+        started = self._thread.ident is not None
+        if started:
+            self._thread.join(timeout)
         finished = not self._thread.is_alive()
         with self._changed:
             self._ended = True
             self._changed.notify()
-        self._thread.join(timeout=10)  # the step under way
-        return finished
+        left = self._fail_new(RunError("the server has shut down"))  # the engine may still be compiling
+        if started:
+            self._thread.join(timeout=10)  # the step under way
+        return finished and not left
 
     # ------------------------------------------------------------------------------------- the engine's thread
 
@@ -157,23 +166,22 @@ class EngineService:
     def _take_wishes(self) -> bool:
         """Waits until there is something to do, does what callers wished; False when all is done and closing."""
         with self._changed:
-            while not (self._new or self._cancelled or self._engine.busy or self._closing or self._ended):
+            while not (self._new or self._some_cancelled or self._engine.busy or self._closing or self._ended):
                 self._changed.wait()
-            new, self._new = self._new, collections.deque()
-            cancelled, self._cancelled = set(self._cancelled), []
             if self._ended:
-                self._new = new  # to be told that they failed
                 return False
+            new, self._new = self._new, collections.deque()
+            some_cancelled, self._some_cancelled = self._some_cancelled, False
         for group, place, request in new:
-            if group not in cancelled:
+            if not group.cancelled:
                 self._owners[self._engine.submit(request)] = group, place
-        for sequence, (group, _) in list(self._owners.items()):
-            if group in cancelled:
+        for sequence, (group, _) in list(self._owners.items()) if some_cancelled else ():
+            if group.cancelled:
                 self._engine.cancel(sequence)
                 del self._owners[sequence]
         with self._changed:
             self._count_waiting()
-        return self._engine.busy or bool(self._new) or not self._closing
+            return self._engine.busy or bool(self._new) or not self._closing
 
     def _step(self) -> None:
         if not self._engine.busy:
@@ -186,7 +194,7 @@ class EngineService:
             self._failures += 1
             self._fail_all(error, also_waiting=False)
             self._engine.reset()
-            return
+            said = []
         for sequence, output in said:
             group, place = self._owners[sequence]
             if output.last:
@@ -197,28 +205,37 @@ class EngineService:
 
     def _fail_all(self, error: Exception, *, also_waiting: bool) -> None:
         for sequence, (group, place) in list(self._owners.items()):
-            if also_waiting or sequence.slot is not None:
+            # One that had nothing to do may have ended without a slot in the very step that failed.
+            if also_waiting or sequence.slot is not None or sequence.done:
                 del self._owners[sequence]
                 self._tell(group, place, sequence.fail(error))
         if also_waiting:
-            with self._changed:
-                new, self._new = self._new, collections.deque()
-            for group, place, _ in new:
-                self._tell(group, place, Output(error=error))
+            self._fail_new(error)
+
+    # ------------------------------------------------------------------------------------------ any thread
+
+    def _fail_new(self, error: Exception) -> int:
+        """Ends requests that the engine has not seen; how many."""
+        with self._changed:
+            new, self._new = self._new, collections.deque()
+        for group, place, _ in new:
+            self._tell(group, place, Output(error=error))
+        return len(new)
 
     def _tell(self, group: Group, place: int, output: Output) -> None:
+        if group.cancelled:
+            return
         try:
             group.receive(place, output)
         except Exception:
             _log.exception("a receiver has failed; its requests are cancelled")
             self._cancel(group)
 
-    # ------------------------------------------------------------------------------------------ any thread
-
     def _cancel(self, group: Group) -> None:
         with self._changed:
-            self._cancelled.append(group)
+            group.cancelled = self._some_cancelled = True
             self._changed.notify()
 
     def _count_waiting(self) -> None:
+        """Exact only where no request is between the two queues: on the engine's thread."""
         self._waiting = len(self._new) + len(self._engine.waiting)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from mesh_transformer.engine.engine import Engine, n_rows
+from mesh_transformer.engine.engine import Engine
 from mesh_transformer.engine.pages import chunk_width
 from mesh_transformer.engine.request import Request
 from mesh_transformer.engine.slots import slot_values
@@ -24,12 +24,12 @@ def warm(engine: Engine) -> None:
         rows[:, 1] = 1
         for targets in (None, tokens):
             _, engine.cache, _ = programs.read(engine.params, engine.cache, tokens, rows, targets)
-    of_group = n_rows(1)
+    of_group = engine.n_rows(1)
     while True:
         rows = np.zeros((n_groups * of_group, 2 + engine.width), np.int32)
         logits, engine.cache = programs.write(engine.params, engine.cache, rows)
         _choose(engine, logits)
-        if of_group >= n_rows(engine.slots_per_group):
+        if of_group >= engine.n_rows(engine.slots_per_group):
             break
         of_group *= 2
     jax.block_until_ready(engine.cache)

@@ -6,6 +6,7 @@ the n_shards that attention has in effect); `keys` are the positions attended to
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from mesh_transformer.config.model import N_BUCKETS, ModelConfig
 from mesh_transformer.model.policy import ComputePolicy
+from mesh_transformer.model.quantize import Int8
 from mesh_transformer.shapes import Array, Float, Int, Params
 from mesh_transformer.sharding.rules import Rules
 
@@ -26,16 +28,44 @@ MASKED = -1e10
 
 
 def product(
-    spec: str, x: Array, w: Array, policy: ComputePolicy, out_sharding: PartitionSpec | None = None
+    spec: str, x: Array, w: Array | Int8, policy: ComputePolicy, out_sharding: PartitionSpec | None = None
 ) -> Float[Array, ...]:
     """einsum of an activation and a weight: factors rounded to the policy's dtype, summed and returned in float32.
 
-    The two products of its gradient round their factors the same way, which plain differentiation would not do.
+    The two products of its gradient round their factors the same way, which plain differentiation would not do. A
+    weight in 8 bits has no gradient.
     """
+    if 0 < policy.product_rows < x.shape[0]:
+        whole, n = dataclasses.replace(policy, product_rows=0), policy.product_rows
+        parts = [x[i : i + n] for i in range(0, x.shape[0], n)]
+        return jnp.concatenate([product(spec, part, w, whole, out_sharding) for part in parts])
+    if isinstance(w, Int8):
+        return _int8_product(spec, x, w, policy, out_sharding)
     if policy.dtype == "float32":
         # "highest": accelerators would otherwise round float32 factors to fewer bits.
         return jnp.einsum(spec, x, w.astype(jnp.float32), precision="highest", out_sharding=out_sharding)
     return _rounded_product(spec, policy.dtype, out_sharding, x, w)
+
+
+def _int8_product(spec: str, x: Array, w: Int8, policy: ComputePolicy, out_sharding: PartitionSpec | None) -> Array:
+    """The sum over whole numbers, which every dtype of a policy holds exactly, and then each channel's scale."""
+    factors, out = spec.split("->")
+    w_axes = factors.split(",")[1]
+    kept = "".join(axis for axis in w_axes if axis in out)
+    assert out.endswith(kept), f"{spec}: the weight's own axes must come last, in its order"
+    total = jnp.einsum(
+        spec,
+        x.astype(policy.dtype),
+        w.values.astype(policy.dtype),
+        preferred_element_type=jnp.float32,
+        precision="highest" if policy.dtype == "float32" else None,
+        out_sharding=out_sharding,
+    )
+    scale = jnp.squeeze(w.scale, tuple(i for i, axis in enumerate(w_axes) if axis not in out))
+    if out_sharding is not None and out_sharding.unreduced:  # a factor of parts of a sum must be the same for all
+        held = jax.typeof(scale).sharding.spec.partitions
+        scale = jax.sharding.reshard(scale, PartitionSpec(*held, reduced=out_sharding.unreduced))
+    return total * scale
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

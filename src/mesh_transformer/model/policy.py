@@ -23,10 +23,12 @@ class ComputePolicy:
         remat: what the backward pass computes again instead of keeping: nothing, all but matrix products, everything.
         unroll: layers written out in the program instead of looped over. CPU: all (a loop copies each layer's slice
             of the stacked weights); accelerators: one, for short compile times.
-        widen_by_layer: 16-bit weights are widened one layer at a time, and not at all where only rows are looked up.
-            For inference on CPU, where XLA would otherwise make float32 copies of all of them at once. Such a
-            program has no gradient.
+        widen_by_layer: 16-bit and 8-bit weights are widened one layer at a time, and not at all where only rows are
+            looked up. For inference on CPU, where XLA would otherwise make float32 copies of all of them at once.
+            Such a program has no gradient.
         loss_chunk: positions whose logits exist at one time in the loss.
+        product_rows: rows of a batch in one product, 0 for all. XLA chooses a product's kernel, and with it the order
+            in which it sums, by the number of rows too; where that must not show, there are always as many.
     """
 
     dtype: str = "float32"
@@ -34,6 +36,7 @@ class ComputePolicy:
     unroll: bool = False
     widen_by_layer: bool = False
     loss_chunk: int = 1024
+    product_rows: int = 0
 
     @property
     def jax_dtype(self) -> Any:
@@ -48,8 +51,8 @@ def default_policy(dtype: str | None = None, remat: Remat = "none") -> ComputePo
 
 
 def for_inference(policy: ComputePolicy, params: Params) -> ComputePolicy:
-    """The policy for programs without gradients: on CPU, 16-bit weights are widened one layer at a time."""
-    narrow = any(leaf.dtype.itemsize == 2 for leaf in jax.tree.leaves(params))
+    """The policy for programs without gradients: on CPU, narrow weights are widened one layer at a time."""
+    narrow = any(leaf.dtype.itemsize < 4 for leaf in jax.tree.leaves(params))
     if not narrow or jax.default_backend() != "cpu":
         return policy
     # A loop: in a program of all layers written out XLA widens them in any order, and so all at once.
