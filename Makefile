@@ -16,6 +16,10 @@ $(VENV)/base.stamp: pyproject.toml constraints.txt
 	$(INSTALL) --editable .
 	@touch $@
 
+$(VENV)/serve.stamp: $(VENV)/base.stamp
+	$(INSTALL) --editable '.[serve]'
+	@touch $@
+
 $(VENV)/test.stamp: $(VENV)/base.stamp
 	$(INSTALL) --editable '.[test]'
 	@touch $@
@@ -30,7 +34,7 @@ $(VENV)/peers.stamp: $(VENV)/test.stamp
 	$(INSTALL) --editable '.[test,peers]'
 	@touch $@
 
-demo: $(VENV)/base.stamp
+demo: $(VENV)/serve.stamp
 	$(BIN)/mesh-transformer demo $(ARGS)
 
 test: $(VENV)/test.stamp

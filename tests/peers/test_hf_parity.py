@@ -87,6 +87,7 @@ def test_filters_keep_what_theirs_keep() -> None:
         top_p=jnp.asarray(top_p),
         min_p=jnp.asarray(min_p),
         keys=jnp.zeros((n_rows, 2), jnp.uint32),
+        legacy=jnp.zeros(n_rows, bool),
     )
     kept = np.asarray(jax.jit(candidate_filter)(jnp.asarray(logits / temperature[:, None]), options))
     for row in range(n_rows):

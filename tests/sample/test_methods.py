@@ -23,28 +23,27 @@ LOGITS = np.asarray([0.3, -1.2, 2.0, 1.1, -0.4, 1.7, 0.0, -2.5, 0.9, 1.4], np.fl
 
 def row_options(n: int, seed: int = 0, **given: Any) -> RowOptions:
     """The same options for n rows unless an array is given; every row has a key of its own."""
-    fields = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | given
+    fields = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "legacy": False} | given
     return RowOptions(
         temperature=jnp.broadcast_to(jnp.asarray(fields["temperature"], jnp.float32), n),
         top_k=jnp.broadcast_to(jnp.asarray(fields["top_k"], jnp.int32), n),
         top_p=jnp.broadcast_to(jnp.asarray(fields["top_p"], jnp.float32), n),
         min_p=jnp.broadcast_to(jnp.asarray(fields["min_p"], jnp.float32), n),
         keys=jax.random.key_data(jax.random.split(jax.random.key(seed), n)),
+        legacy=jnp.broadcast_to(jnp.asarray(fields["legacy"]), n),
     )
 
 
-pick = jax.jit(next_tokens, static_argnames=("sampler", "filtered"))
+pick = jax.jit(next_tokens)
 
 
-def draw(
-    logits: np.ndarray, sampler: Any = "default", filtered: bool = True, position: int = 0, **given: Any
-) -> np.ndarray:
+def draw(logits: np.ndarray, position: int = 0, **given: Any) -> np.ndarray:
     """One token for each of many keys; the vocabulary is filled up with ids that are never likely."""
     full = np.full(len(LOGITS), -60, np.float32)
     full[: len(logits)] = logits
     rows = jnp.broadcast_to(jnp.asarray(full), (N_DRAWS, len(full)))
     positions = jnp.full(N_DRAWS, position, jnp.int32)
-    return np.asarray(pick(rows, positions, row_options(N_DRAWS, **given), sampler=sampler, filtered=filtered))
+    return np.asarray(pick(rows, positions, row_options(N_DRAWS, **given)))
 
 
 def softmax(x: Sequence[float]) -> list[float]:
@@ -151,35 +150,35 @@ def test_the_order_of_filters_shows_in_these_options() -> None:
     ids=str,
 )
 def test_legacy_draws_follow_the_legacy_distribution(given: dict[str, Any]) -> None:
-    assert_drawn_from(draw(LOGITS, sampler="legacy", **given), legacy_distribution(LOGITS.tolist(), **given))
+    assert_drawn_from(draw(LOGITS, legacy=True, **given), legacy_distribution(LOGITS.tolist(), **given))
 
 
 def test_legacy_top_p_counts_what_top_k_removed() -> None:
     """0.3, 0.25, 0.25, 0.2: after top-k 3 the first two hold 0.6875 of what is left, but 0.55 of the whole."""
     logits = np.log(np.asarray([0.3, 0.26, 0.24, 0.2], np.float32))
     given = {"top_k": 3, "top_p": 0.6}
-    assert set(draw(logits, sampler="legacy", **given).tolist()) == {0, 1, 2}
+    assert set(draw(logits, legacy=True, **given).tolist()) == {0, 1, 2}
     assert set(draw(logits, **given).tolist()) == {0, 1}
 
 
 def test_legacy_top_k_removes_token_zero() -> None:
     logits = np.asarray([1.0, 1.1, 1.2, 1.3], np.float32)
-    assert set(draw(logits, sampler="legacy", top_k=2).tolist()) == {2, 3}
+    assert set(draw(logits, legacy=True, top_k=2).tolist()) == {2, 3}
 
 
 def test_of_equal_logits_the_lower_id_ranks_first_and_in_legacy_the_higher() -> None:
     logits = np.asarray([0.0, 1.0, 1.0, 1.0, 0.0], np.float32)
     assert set(draw(logits, top_k=2).tolist()) == {1, 2}
-    assert set(draw(logits, sampler="legacy", top_k=2).tolist()) == {2, 3}
+    assert set(draw(logits, legacy=True, top_k=2).tolist()) == {2, 3}
     assert set(draw(logits, top_p=0.1).tolist()) == {1}
-    assert set(draw(logits, sampler="legacy", top_p=0.1).tolist()) == {3}
+    assert set(draw(logits, legacy=True, top_p=0.1).tolist()) == {3}
 
 
 def test_greedy_takes_the_lower_of_equals() -> None:
     logits = np.asarray([0.0, 2.0, -1.0, 2.0], np.float32)
-    for sampler in ("default", "legacy"):
-        for filtered in (True, False):
-            assert set(draw(logits, sampler, filtered, temperature=0.0, top_k=3, top_p=0.5).tolist()) == {1}
+    for legacy in (False, True):
+        for given in ({}, {"top_k": 3, "top_p": 0.5}):
+            assert set(draw(logits, legacy=legacy, temperature=0.0, **given).tolist()) == {1}
 
 
 @pytest.mark.parametrize("sampler", ["default", "legacy"])
@@ -224,26 +223,34 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         top_k=rng.integers(0, 6, n),
         top_p=rng.choice([0.5, 0.9, 1.0], n),
         min_p=rng.choice([0.0, 0.2], n),
+        legacy=rng.choice([False, True], n),
     )
-    together = np.asarray(pick(logits, positions, options, sampler="default", filtered=True))
+    together = np.asarray(pick(logits, positions, options))
     order = rng.permutation(n)
     shuffled = jax.tree.map(lambda a: a[order], options)
-    other = np.asarray(pick(logits[order], positions[order], shuffled, sampler="default", filtered=True))
+    other = np.asarray(pick(logits[order], positions[order], shuffled))
     np.testing.assert_array_equal(other, together[order])
     one = jax.tree.map(lambda a: a[5:6], options)
-    assert int(pick(logits[5:6], positions[5:6], one, sampler="default", filtered=True)[0]) == together[5]
+    assert int(pick(logits[5:6], positions[5:6], one)[0]) == together[5]
 
 
 def test_rows_have_their_own_options() -> None:
     rows = jnp.broadcast_to(jnp.asarray(LOGITS), (N_DRAWS, len(LOGITS)))
-    kinds = [{"temperature": 0.0}, {"top_k": 2}, {"top_p": 0.5, "temperature": 0.7}, {"min_p": 0.5}]
-    of_row = [kinds[i % 4] for i in range(N_DRAWS)]
-    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"top_k": 2},
+        {"top_p": 0.5, "temperature": 0.7},
+        {"min_p": 0.5},
+        {"legacy": True, "top_p": 0.5, "temperature": 0.7},
+    ]
+    of_row = [kinds[i % 5] for i in range(N_DRAWS)]
+    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "legacy": False}
     options = row_options(N_DRAWS, **{k: np.asarray([o.get(k, v) for o in of_row]) for k, v in defaults.items()})
-    tokens = np.asarray(pick(rows, jnp.zeros(N_DRAWS, jnp.int32), options, sampler="default", filtered=True))
-    assert set(tokens[0::4].tolist()) == {int(LOGITS.argmax())}
+    tokens = np.asarray(pick(rows, jnp.zeros(N_DRAWS, jnp.int32), options))
+    assert set(tokens[0::5].tolist()) == {int(LOGITS.argmax())}
     for i in (1, 2, 3):
-        assert_drawn_from(tokens[i::4], default_distribution(LOGITS.tolist(), **kinds[i]))
+        assert_drawn_from(tokens[i::5], default_distribution(LOGITS.tolist(), **kinds[i]))
+    assert_drawn_from(tokens[4::5], legacy_distribution(LOGITS.tolist(), 0.7, top_p=0.5))
 
 
 def test_seed_and_position_decide_the_draw() -> None:
@@ -256,27 +263,29 @@ def test_seed_and_position_decide_the_draw() -> None:
         assert (first == other).mean() == pytest.approx(chance, abs=0.02)
 
 
-def test_leaving_the_filters_out_is_the_same_as_filters_that_are_off() -> None:
-    for sampler in ("default", "legacy"):
-        np.testing.assert_array_equal(
-            draw(LOGITS, sampler, filtered=True, temperature=0.8),
-            draw(LOGITS, sampler, filtered=False, temperature=0.8),
-        )
+@pytest.mark.parametrize("legacy", [False, True])
+def test_filters_that_are_off_change_nothing_beside_rows_that_filter(legacy: bool) -> None:
+    """The filters are computed for all rows or for none."""
+    alone = draw(LOGITS, legacy=legacy, temperature=0.8)
+    top_k = np.arange(N_DRAWS) % 2
+    beside = draw(LOGITS, legacy=legacy, temperature=0.8, top_k=top_k)
+    np.testing.assert_array_equal(beside[top_k == 0], alone[top_k == 0])
+    assert set(beside[top_k == 1].tolist()) == {int(LOGITS.argmax())}
 
 
 def test_a_logit_of_minus_infinity_is_never_drawn() -> None:
     logits = LOGITS.copy()
     logits[2] = -np.inf
-    for filtered, given in ((False, {}), (True, {"top_p": 0.9}), (True, {"min_p": 0.01})):
-        assert 2 not in draw(logits, filtered=filtered, temperature=5.0, **given)
+    for given in ({}, {"top_p": 0.9}, {"min_p": 0.01}, {"top_k": 9}, {"legacy": True, "top_p": 0.9}):
+        assert 2 not in draw(logits, temperature=5.0, **given)
     assert set(draw(logits, temperature=0.0).tolist()) == {5}
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-38])
 def test_a_tiny_temperature_is_as_good_as_greedy(temperature: float) -> None:
-    for sampler in ("default", "legacy"):
-        for filtered in (True, False):
-            tokens = draw(100 * LOGITS + 50, sampler, filtered, temperature=temperature, top_p=0.999)
+    for legacy in (False, True):
+        for top_p in (0.999, 1.0):
+            tokens = draw(100 * LOGITS + 50, legacy=legacy, temperature=temperature, top_p=top_p)
             assert set(tokens.tolist()) == {int(LOGITS.argmax())}
 
 

@@ -122,6 +122,7 @@ def test_resumed_on_other_meshes_and_process_counts(
     assert [line["step"] for line in lines(run) if "validation" not in line] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.long
 def test_a_signal_to_one_stops_all_after_the_same_step(toy: Toy, quick: dict[str, str], tmp_path: Path) -> None:
     run = run_at(toy, tmp_path / "run")
     ended = started(run, quick, own={1: {"AT": "6", "DO": "os.kill(os.getpid(), signal.SIGTERM)"}})
@@ -142,6 +143,7 @@ def test_a_killed_process_ends_the_run_and_repeating_it_loses_nothing(
     assert losses(run) == losses(undisturbed)
 
 
+@pytest.mark.long
 def test_a_step_that_hangs_ends_with_a_report_of_who_is_missing(
     toy: Toy, quick: dict[str, str], tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import typer
 
-from mesh_transformer.cli import bench, convert, demo, generate, inspect, launch, prepare, tpu, train
+from mesh_transformer.cli import bench, convert, demo, generate, inspect, launch, prepare, serve, tpu, train
 from mesh_transformer.config.errors import MeshTransformerError
 
 # A path where something else stands in the way, or that may not be used.
@@ -31,6 +31,7 @@ app.command("prepare")(prepare.prepare)
 app.command("train")(train.train)
 app.command("launch")(launch.launch)
 app.command("generate")(generate.generate)
+app.command("serve")(serve.serve)
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.add_typer(bench.app, name="bench")

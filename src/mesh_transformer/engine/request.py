@@ -43,7 +43,7 @@ class Output:
         tokens: newly sampled ids; an end-of-text that ends the completion is not among them.
         text: text that has become certain; what may still turn out to be a stop string is held back, so that text
             may come later than its tokens.
-        logprobs: those of `tokens`, if they were asked for.
+        logprobs: those of `tokens`, if they were asked for, and that of an end-of-text that ends the completion.
         prompt_logprobs: of every token of the prompt, in the first output alone, if they were asked for.
         n_cached: tokens of the prompt that were taken over from an earlier request with the same beginning.
         finish_reason: "stop" (end-of-text or a stop string) or "length", on the last output.

@@ -66,11 +66,12 @@ class Sequence:
 
     def take(self, token: int, end_of_text: int | None, logprob: TokenLogprob | None, longest: int) -> Output:
         """Adds a token and says what follows from it; a text of `longest` tokens ends."""
+        logprobs = (logprob,) if logprob else ()
         if token == end_of_text and not self.options.ignore_eos:
-            return self.finish("stop")
+            return self._finished(self._output(logprobs=logprobs), "stop")
         self.tokens.append(token)
         text = self._stream.push(token)
-        said = self._output(tokens=(token,), text=text, logprobs=(logprob,) if logprob else ())
+        said = self._output(tokens=(token,), text=text, logprobs=logprobs)
         if self._stream.stopped:
             return self._finished(said, "stop")
         if self.n_new >= self.options.max_tokens or len(self.tokens) >= longest:

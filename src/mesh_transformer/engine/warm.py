@@ -16,7 +16,7 @@ def warm(engine: Engine) -> None:
     """Runs every program once, unheard, on the scratch page and the last slot; the engine must be idle."""
     programs, n_groups = engine.programs, engine.n_groups
     n_ctx, n_vocab = programs.cfg.n_ctx, programs.cfg.n_vocab
-    values = slot_values(Request(prompt=(), options=SamplingOptions(temperature=0)), n_vocab)
+    values = slot_values(Request(prompt=(), options=SamplingOptions(temperature=0.0)), n_vocab)
     engine.slots = programs.fill(engine.slots, np.int32(engine.max_batch), np.uint32(0), *values)
     for width in sorted({chunk_width(1, n_ctx), chunk_width(engine.page_size, n_ctx)}):
         tokens = np.zeros((n_groups, width), np.int32)

@@ -1,0 +1,112 @@
+"""`mesh-transformer serve`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import TYPE_CHECKING, Any, Literal
+
+import typer
+
+from mesh_transformer.cli.session import MODEL_HELP
+
+if TYPE_CHECKING:
+    from mesh_transformer.api import Model
+    from mesh_transformer.serve.served import ModelFacts
+
+WhenFull = Literal["slide", "stop"]
+KEY_VARIABLE = "MESH_TRANSFORMER_API_KEY"
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def serve(
+    model: str = typer.Argument(help=MODEL_HELP),
+    host: str = typer.Option("127.0.0.1", help="The address to listen at; 0.0.0.0 for every one of this machine."),
+    port: int = typer.Option(8000, min=0, max=65535, help="0 takes any free one."),
+    api_key: str | None = typer.Option(
+        None,
+        metavar="KEY",
+        envvar=KEY_VARIABLE,
+        help="What clients must send. In the environment it is not seen in the list of processes.",
+    ),
+    max_batch: int = typer.Option(16, min=1, help="Completions under way at one time."),
+    max_queue: int = typer.Option(64, min=0, help="Completions that may wait; more are refused with 429."),
+    name: str | None = typer.Option(None, help="What clients call the model; default: the name of its directory."),
+    when_full: WhenFull = typer.Option(
+        "slide", help="A text that outgrows the context forgets its beginning, or ends."
+    ),
+    max_prompt_tokens: int | None = typer.Option(None, min=1, help="Of one prompt; default: the context."),
+    max_body_bytes: int = typer.Option(1 << 20, min=1, help="Of one request."),
+    max_tokens_limit: int = typer.Option(4096, min=1, help="The largest max_tokens of a request."),
+    max_choices: int = typer.Option(128, min=1, help="Completions of one request: prompts times n."),
+    request_timeout: float = typer.Option(600.0, help="Seconds that an answer may take, waiting included."),
+    allow_origin: list[str] = typer.Option(
+        [], metavar="ORIGIN", help="A web page's origin that may use /v1, as https://host. May be repeated; * for all."
+    ),
+    shutdown_timeout: float = typer.Option(30.0, help="Seconds for what runs to finish once told to stop."),
+    dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16; default: weights as stored."),
+    quantize: str | None = typer.Option(None, metavar="int8", help="Keep weights as 8-bit integers."),
+    tokenizer: str | None = typer.Option(None, help="gpt2, bytes or a tokenizer.json; default: the model's own."),
+    step: int | None = typer.Option(None, help="Which checkpoint of several; default: the newest."),
+    mesh: str | None = typer.Option(
+        None, metavar="AXIS=N,...", help="Devices to lay the model over, as data=2,tensor=4; default: one device."
+    ),
+    config: str | None = typer.Option(None, metavar="FILE", help="Of an original checkpoint that has none beside it."),
+) -> None:
+    """Serve a model over HTTP: OpenAI's completions protocol, the original's two, and a page to try it on."""
+    from mesh_transformer.config.errors import UserError
+
+    missing = [package for package in _NEEDED if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(f"serve needs {', '.join(missing)}\ninstall it: pip install 'mesh-transformer[serve]'")
+    from mesh_transformer.cli.session import start_session
+
+    start_session()
+    from mesh_transformer.cli.console import StageDisplay, note
+    from mesh_transformer.serve.options import ServeOptions
+    from mesh_transformer.serve.run import bind, is_loopback, run, url_of
+    from mesh_transformer.serve.served import Served
+
+    options: dict[str, Any] = {
+        "name": name or default_name(model),
+        "api_key": api_key if api_key is not None else os.environ.get(KEY_VARIABLE),
+        "max_prompt_tokens": max_prompt_tokens,
+        "max_body_bytes": max_body_bytes,
+        "max_tokens_limit": max_tokens_limit,
+        "max_choices": max_choices,
+        "request_timeout": request_timeout,
+        "allow_origins": tuple(allow_origin),
+        "shutdown_timeout": shutdown_timeout,
+    }
+    checked = ServeOptions(**options)
+    # What may be wrong with the address shows before the model is read.
+    with bind(host, port) as bound:
+        if not is_loopback(bound) and checked.api_key is None:
+            note(f"warning: whoever reaches {url_of(bound)} may use this server; give --api-key to ask for a key")
+        from mesh_transformer.api import load
+
+        how: dict[str, Any] = {"dtype": dtype, "tokenizer": tokenizer, "step": step, "config": config, "mesh": mesh}
+        if quantize is not None:
+            how["quantize"] = quantize
+        with StageDisplay(in_bytes=True) as display:
+            opened = load(model, **how, progress=display.progress)
+        service = opened.service(max_batch=max_batch, max_queue=max_queue, when_full=when_full)
+        served = Served(facts_of(opened, when_full, variant=f"{dtype} {quantize} {mesh}"), service, checked)
+        status = run(served, bound, note)
+    raise typer.Exit(status)
+
+
+def default_name(model: str) -> str:
+    """The last part of a path or of a Hub id, without its revision."""
+    from pathlib import Path
+
+    path = Path(model) if Path(model).exists() else Path(model.partition("@")[0])
+    return path.name or path.resolve().name or model
+
+
+def facts_of(model: Model, when_full: WhenFull, variant: str) -> ModelFacts:
+    """What the server has to know of an opened model."""
+    from mesh_transformer.serve.served import ModelFacts
+
+    step = model.source.step if model.source else None
+    return ModelFacts(config=model.config, tokenizer=model.tokenizer, when_full=when_full, variant=f"{step} {variant}")

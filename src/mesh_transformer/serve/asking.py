@@ -1,0 +1,186 @@
+"""From a completion request to the engine's requests: tokens, options, and the limits between them."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from typing import Any
+
+from mesh_transformer.config.errors import UserError
+from mesh_transformer.engine.request import Request
+from mesh_transformer.sample.options import SamplingOptions
+from mesh_transformer.serve.errors import ApiError, bad_request, shown
+from mesh_transformer.serve.reading import parse_object
+from mesh_transformer.serve.schema import CompletionRequest
+from mesh_transformer.serve.served import Served
+from mesh_transformer.serve.validation import validate
+
+_MAX_TOKENS = 16  # OpenAI's default
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A completion request, ready for the engine.
+
+    requests: `n` for each prompt in turn. prompts, texts: of each prompt its ids and, for an echo, its text; a prompt
+    may be empty where its request begins with end-of-text.
+    """
+
+    requests: tuple[Request, ...]
+    prompts: tuple[tuple[int, ...], ...]
+    texts: tuple[str, ...]
+    n: int
+    echo: bool
+    logprobs: int | None
+    stream: bool
+    include_usage: bool
+
+
+def ask(body: bytes, served: Served) -> Asked:
+    """The completions that a body asks for.
+
+    Raises:
+        ApiError: 400 or 404; the message names the field, its value and what is expected.
+    """
+    asked = validate(CompletionRequest, parse_object(body))
+    _check_together(asked, served)
+    prompts, texts = zip(*(_tokens(prompt, served, bool(asked.echo)) for prompt in _prompts(asked.prompt)), strict=True)
+    n = asked.n if asked.n is not None else 1
+    if len(prompts) * n > served.options.max_choices:
+        raise bad_request(
+            f"{len(prompts)} prompts times n = {n} are {len(prompts) * n} choices; this server gives at most "
+            f"{served.options.max_choices} in one answer",
+            param="n",
+        )
+    echo, options = bool(asked.echo), _options(asked)
+    for token in asked.logit_bias:
+        if token >= served.model.config.n_vocab:
+            raise bad_request(f"logit_bias names {_outside(token, served)}", param="logit_bias")
+    requests = [
+        Request(
+            prompt=prompt or _beginning(served),
+            options=dataclasses.replace(options, sample=sample),
+            logprobs=asked.logprobs,
+            prompt_logprobs=echo and asked.logprobs is not None,
+        )
+        for prompt in prompts
+        for sample in range(n)
+    ]
+    usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
+    return Asked(tuple(requests), prompts, texts, n, echo, asked.logprobs, bool(asked.stream), usage)
+
+
+def _check_together(asked: CompletionRequest, served: Served) -> None:
+    if asked.model is not None and asked.model != served.options.name:
+        raise model_not_found(asked.model, served)
+    if asked.best_of is not None and asked.best_of != (asked.n if asked.n is not None else 1):
+        expected = CompletionRequest.model_fields["best_of"].description
+        raise bad_request(f"best_of = {asked.best_of}; expected {expected}", param="best_of")
+    if asked.stream_options is not None and not asked.stream:
+        raise bad_request(
+            "stream_options is given without stream; leave it out, or set stream to true", param="stream_options"
+        )
+    if asked.max_tokens == 0 and not asked.echo:
+        raise bad_request(
+            "max_tokens = 0 writes nothing; expected at least 1, or echo = true to get the prompt back",
+            param="max_tokens",
+        )
+    check_length(asked.max_tokens, served, "max_tokens")
+    if asked.stop and served.model.tokenizer is None:
+        raise bad_request(
+            "stop strings are found in text, and this model has no tokenizer; leave them out", param="stop"
+        )
+
+
+def model_not_found(name: str, served: Served) -> ApiError:
+    """404."""
+    message = f"the model {shown(name)} is not served here; expected {shown(served.options.name)}"
+    return ApiError(404, message, param="model", code="model_not_found")
+
+
+def check_length(tokens: int | None, served: Served, param: str) -> None:
+    """Raises ApiError (400) for more tokens than the server writes."""
+    most = served.options.max_tokens_limit
+    if tokens is not None and tokens > most:
+        raise bad_request(f"{param} = {tokens}; this server writes at most {most} tokens in one completion", param)
+
+
+def _prompts(prompt: Any) -> list[Any]:
+    """The prompts, each a string or a list of ids."""
+    if prompt is None or prompt == []:
+        return [[]]
+    if isinstance(prompt, str) or isinstance(prompt[0], int):
+        return [prompt]
+    return prompt
+
+
+def _tokens(prompt: str | list[int], served: Served, echo: bool) -> tuple[tuple[int, ...], str]:
+    """The ids and, for an echo, the text of a prompt, checked against the vocabulary and the context."""
+    tokenizer = served.model.tokenizer
+    if isinstance(prompt, str):
+        ids, text = encode(prompt, served, "prompt"), prompt
+    else:
+        for token in prompt:
+            if not 0 <= token < served.model.config.n_vocab:
+                raise bad_request(f"prompt holds {_outside(token, served)}", param="prompt")
+        ids, text = tuple(prompt), tokenizer.decode(prompt) if tokenizer and echo else ""
+    if len(ids) > served.max_prompt_tokens:
+        what = "this server allows" if served.options.max_prompt_tokens else "the model's context holds"
+        raise bad_request(
+            f"the prompt has {len(ids)} tokens, and {what} {served.max_prompt_tokens}; "
+            f"shorten it by {len(ids) - served.max_prompt_tokens} tokens",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+    return ids, text
+
+
+def encode(text: str, served: Served, param: str) -> tuple[int, ...]:
+    """The ids of a text. Raises ApiError (400) where the model has no tokenizer."""
+    if not text:
+        return ()
+    if served.model.tokenizer is None:
+        raise bad_request(f"{param} is text, and this model has no tokenizer; give token ids to /v1/completions", param)
+    try:
+        return tuple(served.model.tokenizer.encode(text))
+    except UserError as error:
+        raise bad_request(f"{param}: {error}", param) from error
+
+
+def _beginning(served: Served) -> tuple[int, ...]:
+    """What an empty prompt is to the model; without an end-of-text the engine says what is wrong."""
+    end = served.model.tokenizer.end_of_text if served.model.tokenizer else None
+    return () if end is None else (end,)
+
+
+def _outside(token: int, served: Served) -> str:
+    return f"token id {shown(token)}; expected ids from 0 to {served.model.config.n_vocab - 1}"
+
+
+def random_seed() -> int:
+    """For requests that name none."""
+    return secrets.randbits(32)
+
+
+def _options(asked: CompletionRequest) -> SamplingOptions:
+    given = {
+        "temperature": asked.temperature,
+        "top_p": asked.top_p,
+        "top_k": asked.top_k,
+        "min_p": asked.min_p,
+        "min_tokens": asked.min_tokens,
+        "ignore_eos": asked.ignore_eos,
+        "presence_penalty": asked.presence_penalty,
+        "frequency_penalty": asked.frequency_penalty,
+    }
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    try:
+        return SamplingOptions(
+            max_tokens=_MAX_TOKENS if asked.max_tokens is None else asked.max_tokens,
+            seed=random_seed() if asked.seed is None else asked.seed % 2**32,
+            stop=tuple(asked.stop),
+            logit_bias=tuple(asked.logit_bias.items()),
+            **chosen,
+        )
+    except UserError as error:
+        raise bad_request(str(error)) from error
