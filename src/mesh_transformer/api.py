@@ -27,6 +27,7 @@ from mesh_transformer.data.choice import check_fits, default_tokenizer
 from mesh_transformer.data.tokenizer import Tokenizer, from_bytes, load_tokenizer
 from mesh_transformer.engine.engine import Engine
 from mesh_transformer.engine.generator import Generator
+from mesh_transformer.engine.programs import Programs
 from mesh_transformer.engine.service import EngineService
 from mesh_transformer.evaluate.scoring import log_likelihood
 from mesh_transformer.model.decoder import features, forward
@@ -225,7 +226,8 @@ class Model:
             when_full: what a text does that outgrows the context: slide past its oldest tokens, or stop.
         """
         slide = when_full == "slide"
-        engine = Engine(self._generator.programs, self.params, self.tokenizer, max_batch=max_batch, slide=slide)
+        programs = Programs(self.config, self.policy, self.layout)
+        engine = Engine(programs, self.params, self.tokenizer, max_batch=max_batch, slide=slide)
         return EngineService(engine, max_queue=max_queue)
 
     def log_likelihood(self, context: str, continuation: str) -> tuple[float, bool]:

@@ -153,7 +153,7 @@ class KeyValueStore:
             ) from error
 
 
-def alike(dtype: str) -> tuple[dict[str, str] | None, int, int]:
+def alike_rows(dtype: str) -> tuple[dict[str, str] | None, int, int]:
     """How to compile programs whose rows are rounded alike however many there are: options for `jax.jit`, the fewest
     rows that a product of factors of `dtype` may have, and how many it must have (0: any).
 

@@ -78,7 +78,7 @@ def bench_train(
     return {
         "benchmark": "train",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
         "model": model.to_dict(),
         "batch_size": batch_size,
         "sequence_length": sequence_length,
@@ -92,7 +92,7 @@ def bench_train(
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import typer
 
+from mesh_transformer.cli import bench_load
+
 app = typer.Typer(help="Measure, beside a peer in the same run.", no_args_is_help=True, rich_markup_mode=None)
+app.command("load")(bench_load.load)
 
 
 @app.callback()

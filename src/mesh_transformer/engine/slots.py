@@ -63,7 +63,9 @@ def slot_values(request: Request, n_vocab: int) -> tuple[np.ndarray, np.ndarray,
     """A request as `fill_slot` takes it: five numbers, four whole numbers, and its biases."""
     o = request.options
     largest = np.finfo(np.float32).max
-    numbers = np.asarray([min(o.temperature, largest), o.top_p, o.min_p, o.presence_penalty, o.frequency_penalty], np.float32)
+    numbers = np.asarray(
+        [min(o.temperature, largest), o.top_p, o.min_p, o.presence_penalty, o.frequency_penalty], np.float32
+    )
     whole = np.asarray(
         [min(o.top_k, 2**31 - 1), o.sampler == "legacy", request.logprobs is not None, o.sample], np.int32
     )
