@@ -19,7 +19,7 @@ import numpy as np
 from mesh_transformer.config.errors import UserError
 from mesh_transformer.data.tokenizer import Tokenizer
 from mesh_transformer.engine.pages import SCRATCH, PagePool, chunk_width, page_size, table_width
-from mesh_transformer.engine.programs import Alternatives, Programs
+from mesh_transformer.engine.programs import Alternatives, Programs, Uses
 from mesh_transformer.engine.request import MOST_ALTERNATIVES, Output, Request, TokenLogprob
 from mesh_transformer.engine.sequence import Sequence
 from mesh_transformer.engine.slots import empty_slots, slot_values
@@ -61,6 +61,8 @@ class Engine:
         n_positions: int = 0,
         n_pages: int | None = None,
         slide: bool = True,
+        uses: Uses | None = None,
+        together: bool = False,
     ) -> None:
         """
         Args:
@@ -69,9 +71,13 @@ class Engine:
             n_pages: pages of the cache, of each group; by default enough for `max_batch` texts of any length.
             slide: a text that outgrows the context forgets its oldest tokens (with absolute positions, its older
                 half); otherwise it ends there, with finish_reason "length".
+            uses: what requests may ask for; by default everything.
+            together: nothing is written until every prompt that has a slot has been read, and batches always have the
+                same size: fewer programs and steps, where somebody waits for all of the texts.
         """
         cfg, layout = programs.cfg, programs.layout
         self.programs, self.params, self.tokenizer, self.slide = programs, params, tokenizer, slide
+        self.uses, self.together = uses or Uses(), together
         self.page_size = page_size(cfg.n_ctx)
         self.width = table_width(cfg.n_ctx)
         self.n_positions = max(n_positions or (16 if slide else 1) * cfg.n_ctx, cfg.n_ctx)
@@ -105,7 +111,8 @@ class Engine:
 
     def n_rows(self, n: int) -> int:
         """The rows that `n` texts of a group are padded to: a power of two, so that few shapes are compiled."""
-        return max(self.programs.fewest_rows, 1 << (n - 1).bit_length())
+        wanted = self.slots_per_group if self.together else n
+        return max(self.programs.fewest_rows, 1 << (wanted - 1).bit_length())
 
     @property
     def busy(self) -> bool:
@@ -185,6 +192,8 @@ class Engine:
         self.counts.steps += 1
         said = self._admit()
         writers = [s for s in self.running if not s.reading]
+        if self.together and len(writers) < len(self.running):
+            writers = []
         work = [*self._read_chunks(), *self._write_tokens(writers)]
         # The step's one transfer from the device.
         for each, found in zip(work, jax.device_get([each.results for each in work]), strict=True):
@@ -334,7 +343,7 @@ class Engine:
         heard = [s for s in order if s is not None]
         end = -1 if self.end_of_text is None else self.end_of_text
         tokens, scores, self.slots = self.programs.choose(
-            logits, self.slots, rows, end, shaped=any(s.options.shapes for s in heard)
+            logits, self.slots, rows, end, self.uses._replace(shaping=any(s.options.shapes for s in heard))
         )
         scored = any(s.request.logprobs is not None for s in heard)
         return _Work((tokens, scores if scored else None), lambda found: self._deliver(order, *found))

@@ -8,7 +8,7 @@ from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.data.tokenizer import Tokenizer
 from mesh_transformer.engine.engine import Engine
 from mesh_transformer.engine.pages import page_size, table_width
-from mesh_transformer.engine.programs import Programs
+from mesh_transformer.engine.programs import Programs, Uses
 from mesh_transformer.engine.request import Request
 from mesh_transformer.model.policy import ComputePolicy
 from mesh_transformer.sample.options import Completion, Piece, SamplingOptions
@@ -53,8 +53,8 @@ class Generator:
         """
         if not prompts:
             return
-        engine = self._engine_for(prompts, options)
         requests = [Request(prompt=tuple(p), options=o) for p, o in zip(prompts, options, strict=True)]
+        engine = self._engine_for(requests)
         rows = {engine.submit(request): row for row, request in enumerate(requests)}
         texts, tokens = [""] * len(rows), [list[int]() for _ in rows]
         while engine.busy:
@@ -67,10 +67,10 @@ class Generator:
                 elif output.text:
                     yield Piece(row, output.text)
 
-    def _engine_for(self, prompts: Sequence[Sequence[int]], options: Sequence[SamplingOptions]) -> Engine:
+    def _engine_for(self, requests: Sequence[Request]) -> Engine:
         """Sizes are powers of two, so that few shapes are ever compiled."""
-        longest = max(len(p) + o.max_tokens for p, o in zip(prompts, options, strict=True))
-        batch = _power(min(len(prompts), _LARGEST_BATCH))
+        longest = max(len(r.prompt) + r.options.max_tokens for r in requests)
+        batch = _power(min(len(requests), _LARGEST_BATCH))
         per_text = min(-(-max(1, longest) // page_size(self.cfg.n_ctx)), table_width(self.cfg.n_ctx))
         of_group = -(-batch // self.layout.sizes.batch_ways)
         return Engine(
@@ -80,6 +80,8 @@ class Generator:
             max_batch=batch,
             n_positions=_power(longest),
             n_pages=_power(per_text * of_group),
+            uses=Uses.of(requests),
+            together=True,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 
 from mesh_transformer.compat import alike_rows
 from mesh_transformer.config.model import ModelConfig
-from mesh_transformer.engine.request import MOST_ALTERNATIVES
+from mesh_transformer.engine.request import MOST_ALTERNATIVES, Request
 from mesh_transformer.engine.slots import Slots, fill_slot
 from mesh_transformer.model.cache import KVCache
 from mesh_transformer.model.decoder import hidden, unembed
@@ -29,6 +30,29 @@ class Alternatives(NamedTuple):
     of_token: Any
     ids: Any
     values: Any
+
+
+class Uses(NamedTuple):
+    """What rows may ask of `choose`; a program lacks what they may not.
+
+    shaping: biases or penalties. filters, legacy: filters of the default order, of the original's. scores:
+    likelihoods.
+    """
+
+    shaping: bool = True
+    filters: bool = True
+    legacy: bool = True
+    scores: bool = True
+
+    @classmethod
+    def of(cls, requests: Sequence[Request]) -> Uses:
+        """What some of the requests use."""
+        return cls(
+            shaping=any(r.options.shapes for r in requests),
+            filters=any(r.options.filters and r.options.sampler == "default" for r in requests),
+            legacy=any(r.options.filters and r.options.sampler == "legacy" for r in requests),
+            scores=any(r.logprobs is not None for r in requests),
+        )
 
 
 class Programs:
@@ -50,7 +74,7 @@ class Programs:
         self._read = compile_(functools.partial(read, n_copies=self.fewest_rows, **how))
         self._read_scored = compile_(functools.partial(read_scored, n_copies=self.fewest_rows, **how))
         self._write = compile_(functools.partial(write, **how))
-        self._choose = jax.jit(choose, donate_argnames="slots", static_argnames="shaped")
+        self._choose = jax.jit(choose, donate_argnames="slots", static_argnames="uses")
         self._fill = jax.jit(fill_slot, donate_argnames="slots")
 
     def read(
@@ -72,10 +96,10 @@ class Programs:
         return self._whole(logits), cache
 
     def choose(
-        self, logits: Array, slots: Slots, rows: np.ndarray, end: int, shaped: bool
-    ) -> tuple[Array, Alternatives, Slots]:
+        self, logits: Array, slots: Slots, rows: np.ndarray, end: int, uses: Uses
+    ) -> tuple[Array, Alternatives | None, Slots]:
         """See `choose`."""
-        return self._choose(logits, rows, np.int32(end), slots=slots, shaped=shaped)
+        return self._choose(logits, rows, np.int32(end), slots=slots, uses=uses)
 
     def fill(self, slots: Slots, *values: Any) -> Slots:
         """See `slots.fill_slot`."""
@@ -172,23 +196,25 @@ def choose(
     end: Int[Array, ""],
     *,
     slots: Slots,
-    shaped: bool,
-) -> tuple[Int[Array, " batch"], Alternatives, Slots]:
+    uses: Uses,
+) -> tuple[Int[Array, " batch"], Alternatives | None, Slots]:
     """The next token of every row, its likelihood, and the slots that have counted it.
 
     rows: slot, position of the new token, whether end-of-text is held off. end: the end-of-text id, negative if
-    there is none. Likelihoods are the model's own and computed if a row asks for them; otherwise they are zeros.
-    `shaped` False promises that no row has biases or penalties, and saves touching the counts of tokens.
+    there is none. Likelihoods are the model's own, and zeros where no row asks for them at the time.
     """
     slot, positions, held_off = rows.T
     own = logits
-    if shaped:
+    if uses.shaping:
         logits = shape_logits(logits, slots, slot)
     at_end = jnp.arange(logits.shape[1]) == end
     logits = jnp.where(at_end[None, :] & (held_off > 0)[:, None], -jnp.inf, logits)
-    tokens = next_tokens(logits, positions, jax.tree.map(lambda values: values[slot], slots.options))
-    if shaped:
+    options = jax.tree.map(lambda values: values[slot], slots.options)
+    tokens = next_tokens(logits, positions, options, default=uses.filters, legacy=uses.legacy)
+    if uses.shaping:
         slots = dataclasses.replace(slots, counts=slots.counts.at[slot, tokens].add(1))
+    if not uses.scores:
+        return tokens, None, slots
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(alternatives, own, tokens))
     scores = jax.lax.cond(jnp.any(slots.scored[slot]), alternatives, lambda *_: zeros, own, tokens)
     return tokens, scores, slots

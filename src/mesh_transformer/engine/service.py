@@ -186,22 +186,24 @@ class EngineService:
     def _step(self) -> None:
         if not self._engine.busy:
             return
+        said, failure = [], None
         try:
             said = self._engine.step()
         except Exception as error:
-            # Whatever was under way is lost with the cache; what waits has a chance of its own.
             _log.exception("a step has failed")
+            failure = error
+        with self._changed:  # before anybody is told, who may ask for more
+            self._count_waiting()
+        if failure is not None:
+            # Whatever was under way is lost with the cache; what waits has a chance of its own.
             self._failures += 1
-            self._fail_all(error, also_waiting=False)
+            self._fail_all(failure, also_waiting=False)
             self._engine.reset()
-            said = []
         for sequence, output in said:
             group, place = self._owners[sequence]
             if output.last:
                 del self._owners[sequence]
             self._tell(group, place, output)
-        with self._changed:
-            self._count_waiting()
 
     def _fail_all(self, error: Exception, *, also_waiting: bool) -> None:
         for sequence, (group, place) in list(self._owners.items()):

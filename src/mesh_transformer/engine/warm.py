@@ -37,5 +37,6 @@ def warm(engine: Engine) -> None:
 
 def _choose(engine: Engine, logits: jax.Array) -> None:
     rows = np.full((len(logits), 3), (engine.max_batch, 0, 0), np.int32)
-    for shaped in (False, True):
-        _, _, engine.slots = engine.programs.choose(logits, engine.slots, rows, -1, shaped)
+    for shaping in (False, True):
+        uses = engine.uses._replace(shaping=shaping)
+        _, _, engine.slots = engine.programs.choose(logits, engine.slots, rows, -1, uses)

@@ -37,20 +37,30 @@ class RowOptions:
 
 
 def next_tokens(
-    logits: Float[Array, "batch vocab"], positions: Int[Array, " batch"], options: RowOptions
+    logits: Float[Array, "batch vocab"],
+    positions: Int[Array, " batch"],
+    options: RowOptions,
+    *,
+    default: bool = True,
+    legacy: bool = True,
 ) -> Int[Array, " batch"]:
     """One token a row. The draw of a row depends on its key and position alone, not on its neighbours.
 
-    Filters are computed only if a row uses them.
+    Filters are computed only if a row uses them. `default` or `legacy` False promises that no row ever uses those of
+    that order, and leaves them out of the program.
     """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # the first, so ties take the lower id
     logits = logits - jnp.max(logits, axis=-1, keepdims=True)  # so that a tiny temperature overflows downwards only
     temperature = jnp.where(options.temperature > 0, options.temperature, 1.0)[:, None]
     keep_all = lambda logits, _: jnp.ones(logits.shape, bool)  # noqa: E731
-    by_default = options.filters & ~options.legacy
-    kept = jax.lax.cond(jnp.any(by_default), candidate_filter, keep_all, logits / temperature, options)
-    by_legacy = options.filters & options.legacy
-    kept_legacy = jax.lax.cond(jnp.any(by_legacy), legacy_filter, keep_all, logits, options)
+    by_default = jnp.any(options.filters & ~options.legacy)
+    kept = keep_all(logits, options)
+    if default:
+        kept = jax.lax.cond(by_default, candidate_filter, keep_all, logits / temperature, options)
+    by_legacy = jnp.any(options.filters & options.legacy)
+    kept_legacy = keep_all(logits, options)
+    if legacy:
+        kept_legacy = jax.lax.cond(by_legacy, legacy_filter, keep_all, logits, options)
     scaled = jnp.where(
         options.legacy[:, None],
         (logits - jnp.where(kept_legacy, 0.0, 1e10)) / temperature,

@@ -66,6 +66,11 @@ class SamplingOptions:
             raise UserError(f"min_p = {self.min_p} is not part of the legacy sampler; leave it out")
 
     @property
+    def filters(self) -> bool:
+        """Whether anything but temperature shapes the distribution."""
+        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
+
+    @property
     def shapes(self) -> bool:
         """Whether logits are changed before they are sampled from: biases or penalties."""
         return bool(self.logit_bias) or self.presence_penalty != 0 or self.frequency_penalty != 0
