@@ -16,8 +16,10 @@ import pytest
 from checkpoint import hf_cases
 from mesh_transformer.checkpoint.digest import digest
 from mesh_transformer.checkpoint.huggingface import looks_huggingface
+from mesh_transformer.checkpoint.huggingface.config import tokenizer_document
 from mesh_transformer.config.errors import CheckpointError, ConfigError
 from mesh_transformer.config.model import ModelConfig
+from mesh_transformer.data.tokenizer import load_tokenizer
 from mesh_transformer.model.params import abstract_params
 
 # Eleven layers: "10" sorts before "2". No two widths are equal, but for n_heads * d_head = d_model.
@@ -140,7 +142,8 @@ def test_config_json(tmp_path: Path) -> None:
         "torch_dtype": "bfloat16",
         "use_cache": True,
     }
-    assert names(path) == ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+    files = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert names(path) == files
 
 
 def test_the_usual_config(tmp_path: Path) -> None:
@@ -157,6 +160,7 @@ def test_shards_and_their_index(sharded: Path) -> None:
     files = sorted(sharded.glob("*.safetensors"))
     assert len(files) > 2 and names(sharded) == sorted(
         ["config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json"]
+        + ["tokenizer_config.json"]
         + [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
     )
     sizes = {}
@@ -379,3 +383,11 @@ def test_an_index_that_points_elsewhere(sharded: Path) -> None:
     index.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=r"lacks the tensor lm_head\.bias, though model\.safetensors\.index"):
         hf_cases.read(sharded)
+
+
+def test_the_tokenizer_knows_how_a_text_begins_and_ends() -> None:
+    gpt2 = load_tokenizer("gpt2")
+    document = tokenizer_document(gpt2.to_bytes(), gpt2.end_of_text)
+    assert document["tokenizer_class"] == "GPT2Tokenizer"
+    assert {document[name] for name in ("bos_token", "eos_token", "unk_token")} == {"<|endoftext|>"}
+    assert tokenizer_document(b"{}", None)["eos_token"] is None

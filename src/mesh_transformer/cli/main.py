@@ -19,7 +19,7 @@ _UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR
 
 app = typer.Typer(
     name="mesh-transformer",
-    help="Train, sample, convert and inspect GPT-J-class language models in JAX.",
+    help="Train, sample, serve, convert and inspect GPT-J-class language models in JAX.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -43,7 +43,7 @@ def options(
     version: bool = typer.Option(False, "--version", help="Print the versions in use and whether they were tested."),
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error. May stand anywhere."),
 ) -> None:
-    """Train, sample, convert and inspect GPT-J-class language models in JAX."""
+    """Train, sample, serve, convert and inspect GPT-J-class language models in JAX."""
     if version:
         from mesh_transformer.compat import version_report
 

@@ -90,7 +90,7 @@ def config_document(cfg: ModelConfig, dtype: np.dtype, end_of_text: int | None) 
         "resid_pdrop": 0.0,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
-        "tokenizer_class": "GPT2Tokenizer" if end_of_text == 50256 else "PreTrainedTokenizerFast",
+        "tokenizer_class": _tokenizer_class(end_of_text),
         "dtype": dtype.name,
         "torch_dtype": dtype.name,
         "use_cache": True,
@@ -100,3 +100,17 @@ def config_document(cfg: ModelConfig, dtype: np.dtype, end_of_text: int | None) 
 def generation_document(end_of_text: int | None) -> dict[str, Any]:
     """generation_config.json."""
     return {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+
+
+def tokenizer_document(tokenizer: bytes, end_of_text: int | None) -> dict[str, Any]:
+    """tokenizer_config.json, without which transformers does not know which token begins and ends a text.
+
+    tokenizer: the content of tokenizer.json.
+    """
+    named = {token["id"]: token["content"] for token in json.loads(tokenizer).get("added_tokens") or ()}
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), named.get(end_of_text))
+    return {"tokenizer_class": _tokenizer_class(end_of_text), **special}
+
+
+def _tokenizer_class(end_of_text: int | None) -> str:
+    return "GPT2Tokenizer" if end_of_text == 50256 else "PreTrainedTokenizerFast"

@@ -13,15 +13,21 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mesh_transformer.checkpoint.huggingface.config import CONFIG, config_document, generation_document
+from mesh_transformer.checkpoint.huggingface.config import (
+    CONFIG,
+    config_document,
+    generation_document,
+    tokenizer_document,
+)
 from mesh_transformer.checkpoint.huggingface.reader import INDEX, SINGLE
 from mesh_transformer.checkpoint.logical import fold_bias
 from mesh_transformer.checkpoint.names import HfTensor, hf_table
-from mesh_transformer.checkpoint.weights import Piece, Weights, read_ahead
+from mesh_transformer.checkpoint.weights import TOKENIZER_FILE, Piece, Weights, read_ahead
 from mesh_transformer.config.errors import ConfigError
 from mesh_transformer.config.model import ModelConfig
 
 GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 MAX_SHARD_BYTES = 5_000_000_000
 _DTYPES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(jnp.bfloat16): "BF16"}
 _PART = 1 << 24  # values written at a time
@@ -81,6 +87,8 @@ def write_huggingface(
     n_files = 1 + max(place.file for place in places.values())
     names = [SINGLE] if n_files == 1 else [f"model-{i + 1:05d}-of-{n_files:05d}.safetensors" for i in range(n_files)]
     documents = {CONFIG: config_document(cfg, dtype, end_of_text), GENERATION_CONFIG: generation_document(end_of_text)}
+    if TOKENIZER_FILE in tokenizer:
+        documents[TOKENIZER_CONFIG] = tokenizer_document(tokenizer[TOKENIZER_FILE], end_of_text)
     if n_files > 1:
         documents[INDEX] = {
             "metadata": {"total_size": sum(place.n_bytes for place in places.values())},
