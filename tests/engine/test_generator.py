@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engine_cases import random_params
 
 from mesh_transformer.config.errors import UserError
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.data.tokenizer import Tokenizer, load_tokenizer
+from mesh_transformer.engine.engine import Engine
 from mesh_transformer.engine.generator import Generator
+from mesh_transformer.engine.request import Request
 from mesh_transformer.model import decoder
-from mesh_transformer.model.params import abstract_params
 from mesh_transformer.model.policy import ComputePolicy
 from mesh_transformer.sample.options import Completion, SamplingOptions
 
@@ -26,24 +28,17 @@ POLICY = ComputePolicy(dtype="float32")
 END = 256
 
 
-def random_params(cfg: ModelConfig, seed: int = 0) -> dict:
-    """Large weights and small biases: the next token depends on all of the text, likelihoods are far apart."""
-    random = np.random.default_rng(seed)
-    spreads = {"q": 2 / 32**0.5, "k": 2 / 32**0.5, "v": 32**-0.5, "o": 32**-0.5, "w_in": 32**-0.5, "w_out": 128**-0.5}
-    spreads |= {"tokens": 1.0, "positions": 1.0, "w": 3 / 32**0.5}
+class OneSize(Generator):
+    """Its engines all have the same size, so that each program is compiled once; `test_engines_are_large_enough`."""
 
-    def one(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        names = [key.key for key in path]
-        spread = 1.0 if names == ["relative", "bias"] else spreads.get(names[-1], 0.1)
-        return jnp.asarray((names[-1] == "scale") + spread * random.normal(size=leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(one, abstract_params(cfg))
+    def _engine_for(self, requests: Sequence[Request]) -> Engine:
+        return Engine(self.programs, self.params, self.tokenizer, max_batch=4, n_positions=64, n_pages=8, together=True)
 
 
 @functools.cache
-def generator(position: str = "rotary", seed: int = 0) -> Generator:
+def generator(position: str = "rotary") -> Generator:
     cfg = ModelConfig(n_layers=2, d_model=32, n_heads=4, n_vocab=260, n_ctx=16, position=position, d_rotary=4)
-    return Generator(cfg, random_params(cfg, seed), POLICY, load_tokenizer("bytes"))
+    return OneSize(cfg, random_params(cfg), POLICY, load_tokenizer("bytes"))
 
 
 @functools.cache
@@ -240,6 +235,26 @@ def test_the_legacy_sampler() -> None:
     likeliest = np.sort(np.asarray(jax.nn.softmax(predictor()(jnp.asarray(padded))[3])))[::-1]
     n_kept = int((np.cumsum(likeliest) - likeliest <= 0.3).sum())
     assert len(first_tokens("legacy")) <= n_kept < 10 < len(first_tokens("default"))
+
+
+@pytest.mark.parametrize("n_prompts", [1, 3, 64, 100])
+@pytest.mark.parametrize(("length", "max_tokens"), [(0, 1), (1, 0), (1, 15), (16, 1), (16, 100), (3, 1000)])
+def test_engines_are_large_enough(n_prompts: int, length: int, max_tokens: int) -> None:
+    """Each takes any of its prompts, all of them or 64 at a time; sizes are powers of two, so that they recur."""
+    real = Generator(generator().cfg, generator().params, POLICY, load_tokenizer("bytes"))
+    requests = [Request(prompt=tuple(prompt_of(length)), options=SamplingOptions(max_tokens=max_tokens))] * n_prompts
+    engine = real._engine_for(requests)
+    assert engine.max_batch >= min(n_prompts, 64)
+    sequences = [engine.submit(request) for request in requests]
+    assert sum(sequence.n_pages for sequence in sequences[:64]) <= engine._pools[0].capacity
+    for size in (engine.max_batch, engine._pools[0].capacity):
+        assert size & (size - 1) == 0
+
+
+def test_a_generator_makes_its_own_engine() -> None:
+    real = Generator(generator().cfg, generator().params, POLICY, load_tokenizer("bytes"))
+    ask = SamplingOptions(max_tokens=20, temperature=0.0, ignore_eos=True)
+    assert real.generate([prompt_of(5)], [ask])[0].tokens == naive(prompt_of(5), 20)
 
 
 def test_the_tokenizer_of_the_tests_is_the_one_that_ends_at_256() -> None:
