@@ -152,7 +152,7 @@ KINDS = {
     "bfloat16": {"dtype": "bfloat16"},
     "int8": {"quantized": True},
     "float16": {"dtype": "float16"},
-    "a gate": {"feed_forward": "glu_gelu_tanh", "norm": "rmsnorm"},
+    "v2": {"architecture": "v2", "n_shards": 2},
 }
 
 
