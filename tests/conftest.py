@@ -17,7 +17,10 @@ install_import_hook(
 
 
 # Files that take longest begin first, so that none is left to one process at the end.
-_LONGEST = ("test_run_of_many.py", "test_documents.py", "test_kill_and_resume.py")
+_LONGEST = (
+    "test_run_of_many.py", "test_documents.py", "test_kill_and_resume.py", "test_generate.py", "test_commands.py",
+    "test_invariance.py", "test_sampling_in_engine.py", "test_real_server.py", "test_bad_input.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -50,6 +50,7 @@ def check(result: dict, names: list[str]) -> None:
     assert result["allocator"] == ALLOCATOR
 
 
+@pytest.mark.long
 def test_ours_alone() -> None:
     result = run([])
     check(result, ["ours float32", "ours bfloat16"])

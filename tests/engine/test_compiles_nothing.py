@@ -91,7 +91,9 @@ def load_at_random(engine: Engine, seed: int, n_requests: int) -> tuple[int, int
     return steps, most
 
 
-@pytest.mark.parametrize(("position", "n_requests"), [("rotary", 80), ("fixed", 30)])
+@pytest.mark.parametrize(
+    ("position", "n_requests"), [("rotary", 80), pytest.param("fixed", 30, marks=pytest.mark.long)]
+)
 def test_nothing_is_compiled_once_it_is_warm(position: str, n_requests: int, compiled: list[str]) -> None:
     engine = warm_engine(position)
     del compiled[:]

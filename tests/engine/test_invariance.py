@@ -72,6 +72,7 @@ def test_alone_and_among_any_number() -> None:
 
 
 # Shapes of small real models: XLA chooses its kernels by shape.
+@pytest.mark.long
 @pytest.mark.parametrize("sizes", [{"d_model": 768, "n_heads": 12, "d_rotary": 64, "n_vocab": 5000}])
 def test_alone_and_among_any_number_with_real_widths(sizes: dict[str, int]) -> None:
     found, rows = grow_and_shrink(model(n_layers=1, **sizes), ask(prompt_of(20), 150, temperature=1.0, seed=5))

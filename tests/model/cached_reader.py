@@ -26,7 +26,7 @@ class Reader:
         order = np.random.default_rng(5).permutation(batch * width) + 1
         self.tables = order.reshape(batch, width).astype(np.int32)
         how = {"cfg": cfg, "policy": ComputePolicy(dtype="float32")}
-        self._read = jax.jit(functools.partial(read, **how))
+        self._read = jax.jit(functools.partial(read, n_copies=2, **how))
         self._write = jax.jit(functools.partial(write, **how))
 
     def read(self, texts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

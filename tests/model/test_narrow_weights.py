@@ -49,7 +49,9 @@ def test_no_copy_of_all_weights(program: Any, compute: str) -> None:
                 return forward(params, tokens, CFG, policy)
             how = {"cache": empty_cache(CFG, 3, 16, 16, policy.jax_dtype), "cfg": CFG, "policy": policy}
             rows = jnp.ones((2, 4), jnp.int32)
-            return (write(params, rows, **how) if program is write else read(params, tokens, rows, **how))[0]
+            if program is write:
+                return write(params, rows, **how)[0]
+            return read(params, tokens, rows, n_copies=2, **how)[0]
 
         return jax.jit(whole).lower(params, one).compile().memory_analysis().temp_size_in_bytes
 

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from bench.tiny_model import CFG, save_tiny_model
-from mesh_transformer.bench.hf_server import Generator
 from mesh_transformer.bench.load_plan import Plan, Span
 
 pytestmark = pytest.mark.peers
@@ -76,6 +74,10 @@ def test_batches_of_the_peer_are_right(model: Path) -> None:
     directory = model.parent / "hf"
     convert = [sys.executable, "-m", "mesh_transformer", "convert", model, directory, "--to", "huggingface"]
     subprocess.run(convert, check=True, capture_output=True)
+    import torch
+
+    from mesh_transformer.bench.hf_server import Generator
+
     generator = Generator(str(directory), 4)
     plan = Plan(seed=0, n_ids=CFG.n_vocab, prompt_tokens=Span(2, 20), output_tokens=Span(3, 20))
     # A temperature at which only the likeliest is left.

@@ -107,7 +107,8 @@ STAGES = [
 ]
 
 
-@pytest.mark.parametrize("stages", [STAGES[2:], pytest.param(STAGES, marks=pytest.mark.long)], ids=["2 8", "8 4 2 8"])
+@pytest.mark.long
+@pytest.mark.parametrize("stages", [STAGES[2:], STAGES], ids=["2 8", "8 4 2 8"])
 def test_resumed_on_other_meshes_and_process_counts(
     toy: Toy, quick: dict[str, str], tmp_path: Path, undisturbed: RunConfig, stages: list[Any]
 ) -> None:
