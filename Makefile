@@ -38,7 +38,8 @@ demo: $(VENV)/serve.stamp
 	$(BIN)/mesh-transformer demo $(ARGS)
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -m "not peers and not long" --numprocesses $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
+	$(BIN)/python -m pytest -m "not peers and not long" --numprocesses $(TEST_WORKERS) --dist loadfile \
+		--no-loadscope-reorder $(TEST_ARGS)
 
 test-peers: $(VENV)/peers.stamp
 	$(BIN)/python -m pytest -m "peers and not long" $(TEST_ARGS)

@@ -24,8 +24,13 @@ from mesh_transformer.train.state import abstract_state, initial_state
 STEPS = 20
 PROMPTS = [[1, 2, 3], [10, 12], [40, 43, 46, 49], [7]]
 GREEDY = SamplingOptions(max_tokens=12, temperature=0.0)
-# Together they use every axis; the others run with `make test-long`.
-QUICK = ("data x tensor, sequence", "pipeline x fsdp x tensor, zero 3")
+# Together they use every axis and every feature; the others run with `make test-long`.
+QUICK = (
+    "data x tensor, sequence",
+    "data x fsdp, zero 3, accumulation",
+    "pipeline x fsdp x tensor, zero 3",
+    "pipeline x tensor, interleaved",
+)
 EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in CASES if name != "one device"]
 
 

@@ -132,6 +132,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(toy: Toy, quick: dict[str
     assert stopped == 7
 
 
+@pytest.mark.long
 def test_a_killed_process_ends_the_run_and_repeating_it_loses_nothing(
     toy: Toy, quick: dict[str, str], tmp_path: Path, undisturbed: RunConfig
 ) -> None:

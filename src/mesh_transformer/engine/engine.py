@@ -168,6 +168,10 @@ class Engine:
 
     def submit(self, request: Request) -> Sequence:
         """Queues a request. Raises UserError as `check`."""
+        wanted = Uses.of([request])
+        assert all(has or not wants for has, wants in zip(self.uses, wanted, strict=True)), (
+            "beyond what the engine uses"
+        )
         sequence = Sequence(request, self.check(request), self.tokenizer, self.width)
         sequence.n_pages = self._pages_of(sequence.n_prompt, request.options.max_tokens)
         self.waiting.append(sequence)
@@ -208,8 +212,9 @@ class Engine:
             if sequence.options.max_tokens == 0 and not sequence.request.prompt_logprobs:
                 said.append((self.waiting.popleft(), sequence.finish("length")))
                 continue
-            group = max(range(self.n_groups), key=lambda group: len(self._free[group]))
-            if not self._free[group] or self._promised[group] + sequence.n_pages > self._pools[group].capacity:
+            # Of the groups that have room, the one with most.
+            group = max(range(self.n_groups), key=lambda g: (self._has_room(g, sequence), len(self._free[g])))
+            if not self._has_room(group, sequence):
                 break
             self.waiting.popleft()
             sequence.group, sequence.slot = group, self._free[group].popleft()
@@ -220,6 +225,10 @@ class Engine:
             self.slots = self.programs.fill(self.slots, np.int32(sequence.slot), seed, *values)
             self.counts.prompt_tokens += sequence.n_prompt
         return said
+
+    def _has_room(self, group: int, sequence: Sequence) -> bool:
+        promised = self._promised[group] + sequence.n_pages
+        return bool(self._free[group]) and promised <= self._pools[group].capacity
 
     def _leave(self, sequence: Sequence) -> None:
         self._release_pages(sequence)

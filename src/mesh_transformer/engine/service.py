@@ -104,8 +104,10 @@ class EngineService:
             self.check(request)
         group = Group(receive, self)
         with self._changed:
-            if self._closing or self._ended:
+            if self._closing:
                 raise RunError("the server is shutting down and takes no more requests")
+            if self._ended:
+                raise RunError("the engine has ended and takes no more requests; the log says why")
             if self._waiting and self._waiting + len(requests) > self._max_queue:
                 raise QueueFull(f"{self._waiting} requests wait already, of at most {self._max_queue}")
             self._new += ((group, i, request) for i, request in enumerate(requests))
