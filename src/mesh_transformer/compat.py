@@ -153,6 +153,11 @@ class KeyValueStore:
             ) from error
 
 
+def n_compiled(*jitted: Any) -> int:
+    """Programs that these functions, made by `jax.jit`, hold compiled. Private to JAX, which counts them for itself."""
+    return sum(function._cache_size() for function in jitted)
+
+
 def alike_rows(dtype: str) -> tuple[dict[str, str] | None, int, int]:
     """How to compile programs whose rows are rounded alike however many there are: options for `jax.jit`, the fewest
     rows that a product of factors of `dtype` may have, and how many it must have (0: any).

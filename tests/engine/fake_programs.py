@@ -1,6 +1,6 @@
 """Programs that compile nothing: the cache holds token ids, and the next token is a checksum of all that is seen.
 
-Every read checks that a row's table leads to its own text, so that a page that was shared wrongly, given away too
+Every look checks that a row's table leads to its own text, so that a page that was shared wrongly, given away too
 soon or overwritten is found at once.
 """
 
@@ -79,8 +79,8 @@ class FakePrograms(Programs):
         self.batches: list[int] = []
         self.before: Callable[[str], None] = lambda name: None
 
-    def read(self, params: Any, cache: Any, tokens: Any, rows: Any, targets: Any = None) -> Any:
-        self.before("read")
+    def prefill(self, params: Any, cache: Any, tokens: Any, rows: Any, targets: Any = None) -> Any:
+        self.before("prefill")
         cache = self._cache(cache)
         logits = np.zeros((len(tokens), self.fewest_rows, N_VOCAB), np.float32)
         scores = np.zeros((*tokens.shape, N_VOCAB), np.float32)
@@ -96,8 +96,8 @@ class FakePrograms(Programs):
         logits = logits.reshape(-1, N_VOCAB)
         return logits, cache, None if targets is None else _alternatives(scores, targets)
 
-    def write(self, params: Any, cache: Any, rows: Any) -> Any:
-        self.before("write")
+    def decode(self, params: Any, cache: Any, rows: Any) -> Any:
+        self.before("decode")
         cache = self._cache(cache)
         logits = np.zeros((len(rows), N_VOCAB), np.float32)
         of_group = len(rows) // len(cache.held)

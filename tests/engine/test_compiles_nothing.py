@@ -128,19 +128,19 @@ def keep_results_on_device(engine: Engine) -> None:
     held = engine.programs
     programs = copy.copy(held)
 
-    def read(*inputs: Any) -> Any:
-        logits, cache, scores = held.read(*inputs)
+    def prefill(*inputs: Any) -> Any:
+        logits, cache, scores = held.prefill(*inputs)
         return _OnDevice(logits), cache, None if scores is None else _OnDevice(scores)
 
-    def write(*inputs: Any) -> Any:
-        logits, cache = held.write(*inputs)
+    def decode(*inputs: Any) -> Any:
+        logits, cache = held.decode(*inputs)
         return _OnDevice(logits), cache
 
     def choose(logits: _OnDevice, *inputs: Any, **options: Any) -> Any:
         tokens, scores, slots = held.choose(logits.value, *inputs, **options)
         return _OnDevice(tokens), _OnDevice(scores), slots
 
-    programs.read, programs.write, programs.choose = read, write, choose  # type: ignore[method-assign]
+    programs.prefill, programs.decode, programs.choose = prefill, decode, choose  # type: ignore[method-assign]
     engine.programs = programs
 
 

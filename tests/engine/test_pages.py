@@ -7,7 +7,7 @@ import pytest
 from engine_cases import ask, complete, prompt_of
 from fake_programs import assert_idle, config, expected, fake_engine
 
-from mesh_transformer.engine.pages import NOTHING, SCRATCH, PagePool, chunk_width, page_size, table_width
+from mesh_transformer.engine.pages import EMPTY_PREFIX, SCRATCH, PagePool, chunk_width, page_size, table_width
 from mesh_transformer.engine.request import Request
 
 PAGE = 64
@@ -66,7 +66,7 @@ def test_the_pool_does_what_a_naive_one_does(seed: int) -> None:
                 pool.release(page)
                 naive.release(page)
         else:
-            text = texts.pop(random.integers(len(texts))) if texts and random.random() < 0.6 else ([], [], NOTHING)
+            text = texts.pop(random.integers(len(texts))) if texts and random.random() < 0.6 else ([], [], EMPTY_PREFIX)
             texts.append(_read_on(pool, naive, text, (int(random.integers(2)),)))
         assert pool.n_in_use == naive.n_in_use
         assert pool.capacity == n_pages - 1

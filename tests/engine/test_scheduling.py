@@ -39,9 +39,9 @@ def test_together_nothing_is_written_before_all_is_read() -> None:
     for request, found in zip(requests, complete(engine, *requests), strict=True):
         assert found.tokens == expected(request.prompt, 5, engine.programs.cfg)
     # Six chunks, the four tokens that follow the first, then the fourth text.
-    assert [name for name in order if name in ("read", "write")] == ["read"] * 6 + ["write"] * 4 + ["read"] + [
-        "write"
-    ] * 4
+    assert [name for name in order if name in ("prefill", "decode")] == ["prefill"] * 6 + ["decode"] * 4 + [
+        "prefill"
+    ] + ["decode"] * 4
     assert programs.batches == [3] * 4 + [1] * 4 and engine.n_rows(1) == engine.n_rows(3)
     assert_idle(engine)
 

@@ -81,7 +81,7 @@ def test_the_queue(make: Callable[..., Made]) -> None:
 
 def test_a_bad_request_queues_none_of_its_group(make: Callable[..., Made]) -> None:
     service, _, _ = make(start=False)
-    for submit in (lambda: service.check(ask((999,))), lambda: send(service, ask((1,)), ask((999,)))):
+    for submit in (lambda: send(service, ask((999,))), lambda: send(service, ask((1,)), ask((999,)))):
         with pytest.raises(UserError, match="token id 999"):
             submit()
     assert service.load().waiting == 0
@@ -160,18 +160,18 @@ def test_a_receiver_that_fails_is_cancelled(make: Callable[..., Made], caplog: p
     assert_idle(engine)
 
 
-@pytest.mark.parametrize("program", ["fill", "read", "write", "choose"])
+@pytest.mark.parametrize("program", ["fill", "prefill", "decode", "choose"])
 def test_a_step_that_fails(make: Callable[..., Made], program: str, caplog: pytest.LogCaptureFixture) -> None:
     """What was under way gets the error; what waits is served, and so is what comes later."""
     service, engine, programs = make(max_batch=1, max_queue=1)
     gate = Gate(engine)
     _, first = send(service, ask(prompt_of(70), 20))
     gate.wait()
-    if program == "write":  # which no first step does
+    if program == "decode":  # which no first step does
         for _ in range(2):
             gate.let()
             gate.wait()
-    waits = [send(service, ask(prompt_of(70), 4))[1]] if program == "write" else []
+    waits = [send(service, ask(prompt_of(70), 4))[1]] if program == "decode" else []
     broken = [True]
 
     def before(name: str) -> None:

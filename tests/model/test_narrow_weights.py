@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mesh_transformer.config.model import ModelConfig
-from mesh_transformer.engine.programs import read, write
+from mesh_transformer.engine.programs import decode, prefill
 from mesh_transformer.model.cache import empty_cache
 from mesh_transformer.model.decoder import forward
 from mesh_transformer.model.params import abstract_params, count_params, init_params
@@ -37,7 +37,7 @@ def test_equal_to_float32_copies(dtype: str, position: Any) -> None:
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-@pytest.mark.parametrize("program", [read, write, forward])
+@pytest.mark.parametrize("program", [prefill, decode, forward])
 def test_no_copy_of_all_weights(program: Any, compute: str) -> None:
     """The compiled programs' own memory is a part of the weights' bytes; without the care taken it is twice them."""
     params = abstract_params(CFG, jnp.bfloat16)
@@ -49,9 +49,9 @@ def test_no_copy_of_all_weights(program: Any, compute: str) -> None:
                 return forward(params, tokens, CFG, policy)
             how = {"cache": empty_cache(CFG, 3, 16, 16, policy.jax_dtype), "cfg": CFG, "policy": policy}
             rows = jnp.ones((2, 4), jnp.int32)
-            if program is write:
-                return write(params, rows, **how)[0]
-            return read(params, tokens, rows, n_copies=2, **how)[0]
+            if program is decode:
+                return decode(params, rows, **how)[0]
+            return prefill(params, tokens, rows, n_copies=2, **how)[0]
 
         return jax.jit(whole).lower(params, one).compile().memory_analysis().temp_size_in_bytes
 

@@ -54,20 +54,14 @@ class FakeService:
     def start(self) -> None:
         self.ready = True
 
-    def check(self, request: Request) -> None:
+    def submit(self, requests: Sequence[Request], receive: Receive) -> FakeGroup:
         if self.refusal is not None:
             raise self.refusal
-
-    def submit(self, requests: Sequence[Request], receive: Receive) -> FakeGroup:
-        for request in requests:
-            self.check(request)
         if self.full:
             raise QueueFull
         if self.closed_with is not None or self.ended:
             raise RunError("closing")
         group = FakeGroup(requests, receive)
-        if not requests:
-            return group
         self.groups.append(group)
         if not self.held:
             self._work.put(group)

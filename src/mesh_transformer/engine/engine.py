@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable
-from collections.abc import Sequence as Sequence_
 from typing import Any
 
 import jax
@@ -198,7 +197,7 @@ class Engine:
         writers = [s for s in self.running if not s.reading]
         if self.together and len(writers) < len(self.running):
             writers = []
-        work = [*self._read_chunks(), *self._write_tokens(writers)]
+        work = [*self._prefill(), *self._decode(writers)]
         # The step's one transfer from the device.
         for each, found in zip(work, jax.device_get([each.results for each in work]), strict=True):
             said += each.deliver(found)
@@ -238,7 +237,7 @@ class Engine:
         self.running.remove(sequence)
 
     def _release_pages(self, sequence: Sequence) -> None:
-        # The last first, since pages are given away in the order in which they were left, and a beginning without its
+        # The last first, since pages are given away in the order in which they were left, and a prefix without its
         # first page cannot be found.
         for page in sequence.pages[::-1]:
             if page != SCRATCH:
@@ -255,18 +254,18 @@ class Engine:
         sequence.pages[place] = pool.take()
 
     def _take_over(self, sequence: Sequence) -> None:
-        """Pages that other texts with the same beginning have left; the last token is always read, for its logits."""
+        """Pages that other texts with the same prefix have left; the last token is always read, for its logits."""
         pool = self._pools[sequence.group]
         while sequence.shareable and len(sequence.to_read) > self.page_size:
-            found = pool.find(sequence.beginning, sequence.to_read[: self.page_size])
+            found = pool.find(sequence.prefix, sequence.to_read[: self.page_size])
             if found is None:
                 return
-            sequence.pages[sequence.n_read // self.page_size], sequence.beginning = found
+            sequence.pages[sequence.n_read // self.page_size], sequence.prefix = found
             sequence.n_read += self.page_size
             sequence.n_cached += self.page_size
             self.counts.cached_tokens += self.page_size
 
-    def _read_chunks(self) -> list[_Work]:
+    def _prefill(self) -> list[_Work]:
         """The next chunk of the text of each group that waits longest for it."""
         readers: dict[int, Sequence] = {}
         for sequence in self.running:
@@ -288,7 +287,7 @@ class Engine:
             tokens[group, : len(chunk)], targets[group, : len(following)] = chunk, following
             rows[group] = sequence.n_read, len(chunk), *sequence.pages
         scored = any(s.request.prompt_logprobs for s in readers.values())
-        logits, self.cache, scores = self.programs.read(
+        logits, self.cache, scores = self.programs.prefill(
             self.params, self.cache, tokens, rows, targets if scored else None
         )
         work = []
@@ -312,9 +311,9 @@ class Engine:
         sequence.reading = bool(sequence.to_read)
         if sequence.shareable and len(chunk) == self.page_size:
             page = int(sequence.pages[n_held])
-            sequence.beginning = self._pools[sequence.group].publish(page, sequence.beginning, chunk)
+            sequence.prefix = self._pools[sequence.group].publish(page, sequence.prefix, chunk)
 
-    def _write_tokens(self, writers: list[Sequence]) -> list[_Work]:
+    def _decode(self, writers: list[Sequence]) -> list[_Work]:
         """Reads the newest token of every text, which gives the next."""
         n_ctx = self.programs.cfg.n_ctx
         for sequence in writers if self.programs.cfg.position == "fixed" else ():
@@ -337,12 +336,12 @@ class Engine:
                 self._take_page(each)
                 row[:] = each.tokens[-1], each.n_read, *each.pages
                 each.n_read += 1
-        logits, self.cache = self.programs.write(self.params, self.cache, rows)
+        logits, self.cache = self.programs.decode(self.params, self.cache, rows)
         return [self._choose(logits, order)]
 
     # ------------------------------------------------------------------------------------------ what came of it
 
-    def _choose(self, logits: Any, order: Sequence_[Sequence | None]) -> _Work:
+    def _choose(self, logits: Any, order: list[Sequence | None]) -> _Work:
         """Next tokens for the rows that belong to a text."""
         rows = np.full((len(order), 3), (self.max_batch, 0, 0), np.int32)
         for row, sequence in zip(rows, order, strict=True):
@@ -357,9 +356,7 @@ class Engine:
         scored = any(s.request.logprobs is not None for s in heard)
         return _Work((tokens, scores if scored else None), lambda found: self._deliver(order, *found))
 
-    def _deliver(
-        self, order: Sequence_[Sequence | None], tokens: np.ndarray, scores: Alternatives | None
-    ) -> list[Said]:
+    def _deliver(self, order: list[Sequence | None], tokens: np.ndarray, scores: Alternatives | None) -> list[Said]:
         said = []
         longest = self.n_positions if self.slide else self.programs.cfg.n_ctx
         for i, sequence in enumerate(order):

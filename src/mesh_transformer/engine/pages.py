@@ -1,4 +1,4 @@
-"""Which page of the key-value cache belongs to whom, and which hold the beginning of a text that may come again."""
+"""Which page of the key-value cache belongs to whom, and which hold a prefix that may come again."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ _LARGEST_PAGE = 64
 _SMALLEST_PAGE = 16
 # Where rows write that compute unheard.
 SCRATCH = 0
-# The beginning that every text has: nothing.
-NOTHING = 0
+# The prefix that every text has: nothing.
+EMPTY_PREFIX = 0
 
 
 def page_size(n_ctx: int) -> int:
@@ -36,9 +36,9 @@ class _Page:
 
 
 class PagePool:
-    """Pages of one group. A page is free, in use by one text or several, or kept for texts that begin the same.
+    """Pages of one group. A page is free, in use by one text or several, or kept for texts with the same prefix.
 
-    Only whole pages of a prompt are shared. What a page holds depends on everything before it, so a beginning is
+    Only whole pages of a prompt are shared. What a page holds depends on everything before it, so a prefix is
     named by a number that says all of it: `find` and `publish` take that of the pages before and return the next.
     Pages that nobody uses any more are kept, and given away when there is no other, those first that were left first.
     """
@@ -47,8 +47,8 @@ class PagePool:
         self._pages = [_Page() for _ in range(n_pages)]
         self._free = list(range(n_pages - 1, SCRATCH, -1))
         self._kept: collections.OrderedDict[int, None] = collections.OrderedDict()
-        self._known: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # key -> page, number of the beginning
-        self._beginnings = NOTHING
+        self._known: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # key -> page, number of the prefix
+        self._n_prefixes = EMPTY_PREFIX
 
     @property
     def capacity(self) -> int:
@@ -81,9 +81,9 @@ class PagePool:
             else:
                 self._kept[page] = None
 
-    def find(self, beginning: int, tokens: Sequence[int]) -> tuple[int, int] | None:
-        """The page that holds `tokens` after a beginning, now used by one text more, and the beginning with it."""
-        found = self._known.get((beginning, tuple(tokens)))
+    def find(self, prefix: int, tokens: Sequence[int]) -> tuple[int, int] | None:
+        """The page that holds `tokens` after a prefix, now used by one text more, and the prefix with it."""
+        found = self._known.get((prefix, tuple(tokens)))
         if found is None:
             return None
         page, _ = found
@@ -91,18 +91,18 @@ class PagePool:
         self._pages[page].users += 1
         return found
 
-    def publish(self, page: int, beginning: int, tokens: Sequence[int]) -> int:
-        """Says that a page in use holds `tokens` after a beginning; returns the beginning with them."""
-        key = (beginning, tuple(tokens))
+    def publish(self, page: int, prefix: int, tokens: Sequence[int]) -> int:
+        """Says that a page in use holds `tokens` after a prefix; returns the prefix with them."""
+        key = (prefix, tuple(tokens))
         if key in self._known:
             return self._known[key][1]
-        self._beginnings += 1
-        self._known[key] = page, self._beginnings
+        self._n_prefixes += 1
+        self._known[key] = page, self._n_prefixes
         self._pages[page].key = key
-        return self._beginnings
+        return self._n_prefixes
 
     def _forget(self, page: int) -> None:
-        # Pages that follow it can no longer be found, since the number of a beginning is never used again; they are
+        # Pages that follow it can no longer be found, since the number of a prefix is never used again; they are
         # given away in their turn.
         key, self._pages[page].key = self._pages[page].key, None
         assert key is not None

@@ -1,4 +1,4 @@
-"""The engine's compiled programs: read a chunk of a prompt, add a token to every row, choose the next tokens."""
+"""The engine's compiled programs: prefill a chunk of a prompt, decode a token of every row, choose the next tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mesh_transformer.compat import alike_rows
+from mesh_transformer.compat import alike_rows, n_compiled
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.engine.request import MOST_ALTERNATIVES, Request
 from mesh_transformer.engine.slots import Slots, fill_slot
@@ -71,28 +71,24 @@ class Programs:
         if layout.mesh is None:
             how["policy"] = dataclasses.replace(policy, product_rows=product_rows)
         compile_ = functools.partial(jax.jit, donate_argnames="cache", compiler_options=options)
-        self._read = compile_(functools.partial(read, n_copies=self.fewest_rows, **how))
-        self._read_scored = compile_(functools.partial(read_scored, n_copies=self.fewest_rows, **how))
-        self._write = compile_(functools.partial(write, **how))
+        self._prefill = compile_(functools.partial(prefill, n_copies=self.fewest_rows, **how))
+        self._decode = compile_(functools.partial(decode, **how))
         self._choose = jax.jit(choose, donate_argnames="slots", static_argnames="uses")
         self._fill = jax.jit(fill_slot, donate_argnames="slots")
 
-    def read(
+    def prefill(
         self, params: Params, cache: KVCache, tokens: np.ndarray, rows: np.ndarray, targets: np.ndarray | None = None
     ) -> tuple[Array, KVCache, Alternatives | None]:
-        """See `read`; with targets, `read_scored`. The logits lie on one device."""
+        """See `prefill`. The logits lie on one device."""
         with self.layout.using():
-            placed = self.layout.place_rows(tokens), self.layout.place_rows(rows)
-            if targets is None:
-                logits, cache = self._read(params, *placed, cache=cache)
-                return self._whole(logits), cache, None
-            logits, scores, cache = self._read_scored(params, *placed, self.layout.place_rows(targets), cache=cache)
+            placed = [None if a is None else self.layout.place_rows(a) for a in (tokens, rows, targets)]
+            logits, cache, scores = self._prefill(params, *placed, cache=cache)
         return self._whole(logits), cache, jax.tree.map(self._whole, scores)
 
-    def write(self, params: Params, cache: KVCache, rows: np.ndarray) -> tuple[Array, KVCache]:
-        """See `write`. The logits lie on one device."""
+    def decode(self, params: Params, cache: KVCache, rows: np.ndarray) -> tuple[Array, KVCache]:
+        """See `decode`. The logits lie on one device."""
         with self.layout.using():
-            logits, cache = self._write(params, self.layout.place_rows(rows), cache=cache)
+            logits, cache = self._decode(params, self.layout.place_rows(rows), cache=cache)
         return self._whole(logits), cache
 
     def choose(
@@ -108,71 +104,43 @@ class Programs:
     @property
     def n_compiled(self) -> int:
         """Programs compiled until now."""
-        programs: list[Any] = [self._read, self._read_scored, self._write, self._choose, self._fill]
-        return sum(program._cache_size() for program in programs)
+        return n_compiled(self._prefill, self._decode, self._choose, self._fill)
 
     def _whole(self, value: Array) -> Array:
         """On one device: choosing the next tokens is little work."""
         return value if self.layout.mesh is None else value.addressable_data(0)
 
 
-def read(
+def prefill(
     params: Params,
     tokens: Int[Array, "batch seq"],
     rows: Int[Array, "batch columns"],
+    targets: Int[Array, "batch seq"] | None = None,
     *,
     cache: KVCache,
     n_copies: int,
     cfg: ModelConfig,
     policy: ComputePolicy,
     rules: Rules = ONE_DEVICE,
-) -> tuple[Float[Array, "copies vocab"], KVCache]:
-    """Reads a chunk of every row's text: logits after its last token, and the cache with it.
+) -> tuple[Float[Array, "copies vocab"], KVCache, Alternatives | None]:
+    """Reads a chunk of every row's text: logits after its last token, each row of them `n_copies` times, the cache
+    with the chunk, and how likely `targets` were after every token.
 
     rows: position of the chunk's first token, number of tokens (the rest is padding), then the table of pages.
     """
-    x, filled = _read(params, tokens, rows, cache, cfg, policy, rules)
-    return _after_last(params, x, rows, n_copies, cfg, policy, rules), filled
-
-
-def read_scored(
-    params: Params,
-    tokens: Int[Array, "batch seq"],
-    rows: Int[Array, "batch columns"],
-    targets: Int[Array, "batch seq"],
-    *,
-    cache: KVCache,
-    n_copies: int,
-    cfg: ModelConfig,
-    policy: ComputePolicy,
-    rules: Rules = ONE_DEVICE,
-) -> tuple[Float[Array, "copies vocab"], Alternatives, KVCache]:
-    """As `read`, and how likely `targets` were after every token."""
-    x, filled = _read(params, tokens, rows, cache, cfg, policy, rules)
-    logits = rules.place(unembed(params, x, cfg, policy, rules), (None, None, None))
-    scores = alternatives(logits, rules.place(targets, (None, None)))
-    return _after_last(params, x, rows, n_copies, cfg, policy, rules), scores, filled
-
-
-def _after_last(
-    params: Params, x: Array, rows: Array, n_copies: int, cfg: ModelConfig, policy: ComputePolicy, rules: Rules
-) -> Array:
-    """Logits after the last token of every row, each `n_copies` times."""
+    x, filled = hidden(params, tokens, cfg, policy, rules, start=rows[:, 0], cache=cache, pages=rows[:, 2:])
+    assert filled is not None
+    scores = None
+    if targets is not None:
+        logits = rules.place(unembed(params, x, cfg, policy, rules), (None, None, None))
+        scores = alternatives(logits, rules.place(targets, (None, None)))
     last = jax.vmap(lambda row, n: row[n - 1])(x, rows[:, 1])
     several = jnp.broadcast_to(last[:, None], (last.shape[0], n_copies, last.shape[1]))
     logits = rules.place(unembed(params, several, cfg, policy, rules), (None, None, None))
-    return logits.reshape(-1, logits.shape[-1])
+    return logits.reshape(-1, logits.shape[-1]), filled, scores
 
 
-def _read(
-    params: Params, tokens: Array, rows: Array, cache: KVCache, cfg: ModelConfig, policy: ComputePolicy, rules: Rules
-) -> tuple[Array, KVCache]:
-    x, filled = hidden(params, tokens, cfg, policy, rules, start=rows[:, 0], cache=cache, pages=rows[:, 2:])
-    assert filled is not None
-    return x, filled
-
-
-def write(
+def decode(
     params: Params,
     rows: Int[Array, "batch columns"],
     *,

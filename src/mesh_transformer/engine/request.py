@@ -45,7 +45,7 @@ class Output:
             may come later than its tokens.
         logprobs: those of `tokens`, if they were asked for, and that of an end-of-text that ends the completion.
         prompt_logprobs: of every token of the prompt, in the first output alone, if they were asked for.
-        n_cached: tokens of the prompt that were taken over from an earlier request with the same beginning.
+        n_cached: tokens of the prompt that were taken over from an earlier request with the same prefix.
         finish_reason: "stop" (end-of-text or a stop string) or "length", on the last output.
         error: on the last output, if the request failed.
     """

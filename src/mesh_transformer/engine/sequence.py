@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from mesh_transformer.data.tokenizer import Tokenizer
-from mesh_transformer.engine.pages import NOTHING
+from mesh_transformer.engine.pages import EMPTY_PREFIX
 from mesh_transformer.engine.request import Output, Request, TokenLogprob
 from mesh_transformer.sample.text import TextStream
 
@@ -23,7 +23,7 @@ class Sequence:
         slot, group: where its options and its pages are; no slot while it waits.
         reading: whether some of it must be read before a token can be written.
         pages: its page in every place of the ring, 0 where there is none.
-        beginning: what its pages up to `n_read` hold, as `PagePool` names it.
+        prefix: what its pages up to `n_read` hold, as `PagePool` names it.
         n_pages: the most pages that it can come to hold.
     """
 
@@ -35,7 +35,7 @@ class Sequence:
         self.slot: int | None = None
         self.group = 0
         self.pages = np.zeros(width, np.int32)
-        self.beginning = NOTHING
+        self.prefix = EMPTY_PREFIX
         self.reading = True
         self.done = False
         self.prompt_logprobs: list[TokenLogprob] = []
@@ -62,7 +62,7 @@ class Sequence:
 
     def begin_again(self, n: int) -> None:
         """Forgets the cache; the newest `n` tokens are to be read from position 0."""
-        self.start, self.n_read, self.beginning, self.reading = len(self.tokens) - n, 0, NOTHING, True
+        self.start, self.n_read, self.prefix, self.reading = len(self.tokens) - n, 0, EMPTY_PREFIX, True
 
     def take(self, token: int, end_of_text: int | None, logprob: TokenLogprob | None, longest: int) -> Output:
         """Adds a token and says what follows from it; a text of `longest` tokens ends."""

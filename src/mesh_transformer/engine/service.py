@@ -78,6 +78,11 @@ class EngineService:
         """Whether every program has been compiled and requests are served."""
         return self._ready and not self._closing
 
+    @property
+    def ended(self) -> bool:
+        """Whether its thread has ended, or was told to: nothing is served any more."""
+        return self._ended
+
     def start(self) -> None:
         """Begins: compiles everything, then serves. Returns at once; requests may be submitted before it is ready.
 
@@ -88,10 +93,6 @@ class EngineService:
             raise RunError("this service has been closed and cannot start; make another")
         self._thread.start()
 
-    def check(self, request: Request) -> None:
-        """Raises UserError for a request that could never be served; the message says why and what would be."""
-        self._engine.check(request)
-
     def submit(self, requests: Sequence[Request], receive: Receive) -> Group:
         """Queues requests as one group, which is never refused for its own size alone.
 
@@ -101,7 +102,7 @@ class EngineService:
             RunError: the service is closing, or has ended.
         """
         for request in requests:
-            self.check(request)
+            self._engine.check(request)
         group = Group(receive, self)
         with self._changed:
             if self._closing:

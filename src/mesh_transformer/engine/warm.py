@@ -23,11 +23,11 @@ def warm(engine: Engine) -> None:
         rows = np.zeros((n_groups, 2 + engine.width), np.int32)
         rows[:, 1] = 1
         for targets in (None, tokens):
-            _, engine.cache, _ = programs.read(engine.params, engine.cache, tokens, rows, targets)
+            _, engine.cache, _ = programs.prefill(engine.params, engine.cache, tokens, rows, targets)
     of_group = engine.n_rows(1)
     while True:
         rows = np.zeros((n_groups * of_group, 2 + engine.width), np.int32)
-        logits, engine.cache = programs.write(engine.params, engine.cache, rows)
+        logits, engine.cache = programs.decode(engine.params, engine.cache, rows)
         _choose(engine, logits)
         if of_group >= engine.n_rows(engine.slots_per_group):
             break

@@ -244,7 +244,7 @@ class Choice(BaseModel):
 class PromptTokensDetails(BaseModel):
     """Of the prompts' tokens."""
 
-    cached_tokens: int = Field(description="taken over from earlier requests with the same beginning")
+    cached_tokens: int = Field(description="taken over from earlier requests with the same prefix")
 
 
 class Usage(BaseModel):

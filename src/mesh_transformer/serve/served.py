@@ -10,8 +10,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Literal
 
 import mesh_transformer
-from mesh_transformer.config.errors import RunError, UserError
-from mesh_transformer.engine.service import QueueFull
+from mesh_transformer.config.errors import UserError
 from mesh_transformer.serve.metrics import Metrics
 from mesh_transformer.serve.options import ServeOptions
 from mesh_transformer.serve.tokens import TokenTexts
@@ -67,13 +66,7 @@ class Served:
 
     def engine_ended(self) -> bool:
         """Whether the engine takes no requests though nobody has told the server to stop."""
-        try:
-            self.service.submit((), lambda index, output: None)
-        except RunError:
-            return not self.stopping
-        except QueueFull:
-            return False
-        return False
+        return self.service.ended and not self.stopping
 
     def count_finished(self) -> None:
         """A completion has ended and left its slot."""
