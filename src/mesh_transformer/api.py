@@ -216,7 +216,7 @@ class Model:
         return self._generator.stream(*self._requests(prompts, samples, options))
 
     def service(
-        self, *, max_batch: int = 8, max_queue: int = 64, when_full: Literal["slide", "stop"] = "slide"
+        self, *, max_batch: int = 16, max_queue: int = 64, when_full: Literal["slide", "stop"] = "slide"
     ) -> EngineService:
         """The model behind a thread that serves many requests at once; not started.
 

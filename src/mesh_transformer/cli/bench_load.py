@@ -7,6 +7,8 @@ from typing import Any
 
 import typer
 
+from mesh_transformer.cli import model_options
+
 
 def load(
     model: str | None = typer.Argument(None, help="The model to serve; leave it out with --url."),
@@ -26,12 +28,12 @@ def load(
     compare_seconds: float = typer.Option(20.0, min=0.1, help="Length of a turn."),
     max_batch: int | None = typer.Option(None, help="Of the server."),
     max_queue: int | None = typer.Option(None, help="Of the server."),
-    dtype: str | None = typer.Option(None, help="Of the server."),
-    quantize: str | None = typer.Option(None, help="Of the server."),
-    mesh: str | None = typer.Option(None, metavar="AXIS=N,...", help="Of the server."),
-    tokenizer: str | None = typer.Option(None, help="Of the model, as for serve."),
-    step: int | None = typer.Option(None, help="Of the model, as for serve."),
-    config: str | None = typer.Option(None, metavar="FILE", help="Of the model, as for serve."),
+    dtype: model_options.Dtype = None,
+    quantize: model_options.Quantize = None,
+    mesh: model_options.Mesh = None,
+    tokenizer: model_options.Tokenizer = None,
+    step: model_options.Step = None,
+    config: model_options.Config = None,
     json_: bool = typer.Option(False, "--json", help="The whole result as JSON on standard output."),
     out: Path | None = typer.Option(None, help="Write the JSON to this file too."),
 ) -> None:

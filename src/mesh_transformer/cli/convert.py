@@ -6,11 +6,11 @@ from pathlib import Path
 
 import typer
 
-from mesh_transformer.cli.session import MODEL_HELP
+from mesh_transformer.cli import model_options
 
 
 def convert(
-    source: str = typer.Argument(help=MODEL_HELP),
+    source: model_options.Model,
     target: Path = typer.Argument(help="Directory to write; of legacy formats, one named step_N holds the shards."),
     to: str = typer.Option(..., "--to", help="native, huggingface, legacy (the original's shards) or legacy-v2."),
     dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16; default: as stored."),
@@ -18,9 +18,9 @@ def convert(
     with_optimizer: bool = typer.Option(False, "--with-optimizer", help="Adam's moments and the counts come along."),
     slim: bool = typer.Option(False, "--slim", help="As the original slims: no optimizer, float32 becomes bfloat16."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace TARGET, if it is a model."),
-    step: int | None = typer.Option(None, help="Which checkpoint of several; default: the newest."),
-    config: str | None = typer.Option(None, metavar="FILE", help="Of an original checkpoint that has none beside it."),
-    tokenizer: str | None = typer.Option(None, help="gpt2, bytes or a tokenizer.json; default: the model's own."),
+    step: model_options.Step = None,
+    config: model_options.Config = None,
+    tokenizer: model_options.Tokenizer = None,
 ) -> None:
     """Any model into any format, in bounded memory, with a certificate (conversion.json)."""
     from mesh_transformer.cli.session import start_session

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mesh_transformer.cli.session import MODEL_HELP
+from mesh_transformer.cli import model_options
 
 if TYPE_CHECKING:
     from mesh_transformer.api import Model
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: str = typer.Argument(help=MODEL_HELP),
+    model: model_options.Model,
     prompt: list[str] = typer.Option([], "--prompt", metavar="TEXT", help="May be repeated."),
     prompt_file: Path | None = typer.Option(None, "--prompt-file", metavar="FILE", help="A whole file as one prompt."),
     max_tokens: int = typer.Option(256, help="Tokens of each completion at the most."),
@@ -31,14 +31,12 @@ def generate(
     stop: list[str] = typer.Option([], "--stop", metavar="S", help="Text that ends a completion. May be repeated."),
     stream: bool = typer.Option(False, "--stream", help="Write the text as it comes (one prompt, one sample)."),
     json_: bool = typer.Option(False, "--json", help="One JSON object a completion."),
-    dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16; default: weights as stored."),
-    quantize: str | None = typer.Option(None, metavar="int8", help="Hold matrices in 8 bits; default: as stored."),
-    tokenizer: str | None = typer.Option(None, help="gpt2, bytes or a tokenizer.json; default: the model's own."),
-    step: int | None = typer.Option(None, help="Which checkpoint of several; default: the newest."),
-    mesh: str | None = typer.Option(
-        None, metavar="AXIS=N,...", help="Devices to lay the model over, as data=2,tensor=4; default: one device."
-    ),
-    config: str | None = typer.Option(None, metavar="FILE", help="Of an original checkpoint that has none beside it."),
+    dtype: model_options.Dtype = None,
+    quantize: model_options.Quantize = None,
+    tokenizer: model_options.Tokenizer = None,
+    step: model_options.Step = None,
+    mesh: model_options.Mesh = None,
+    config: model_options.Config = None,
 ) -> None:
     """Write with a model. Without a prompt, on a terminal, an interactive session."""
     from mesh_transformer.cli.session import start_session

@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mesh_transformer.cli.session import MODEL_HELP
+from mesh_transformer.cli import model_options
 
 if TYPE_CHECKING:
     from mesh_transformer.checkpoint.weights import Weights
 
 
 def inspect(
-    model: str = typer.Argument(help=MODEL_HELP),
+    model: model_options.Model,
     other: str | None = typer.Argument(None, metavar="[OTHER]", help="A second model: list the tensors that differ."),
     digest: bool = typer.Option(False, "--digest", help="Print only the sha256 over all parameters."),
     json_: bool = typer.Option(False, "--json", help="As one JSON object."),
-    step: int | None = typer.Option(None, help="Which checkpoint of several; default: the newest."),
-    config: str | None = typer.Option(None, metavar="FILE", help="Of an original checkpoint that has none beside it."),
+    step: model_options.Step = None,
+    config: model_options.Config = None,
 ) -> None:
     """Say what a model is: format, shapes, parameter count, dtype, step; or how two models differ."""
     from mesh_transformer.cli.session import start_session

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from mesh_transformer.cli.session import MODEL_HELP
+from mesh_transformer.cli import model_options
 
 if TYPE_CHECKING:
     from mesh_transformer.api import Model
@@ -20,7 +20,7 @@ _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 
 def serve(
-    model: str = typer.Argument(help=MODEL_HELP),
+    model: model_options.Model,
     host: str = typer.Option("127.0.0.1", help="The address to listen at; 0.0.0.0 for every one of this machine."),
     port: int = typer.Option(8000, min=0, max=65535, help="0 takes any free one."),
     api_key: str | None = typer.Option(
@@ -44,14 +44,12 @@ def serve(
         [], metavar="ORIGIN", help="A web page's origin that may use /v1, as https://host. May be repeated; * for all."
     ),
     shutdown_timeout: float = typer.Option(30.0, help="Seconds for what runs to finish once told to stop."),
-    dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16; default: weights as stored."),
-    quantize: str | None = typer.Option(None, metavar="int8", help="Keep weights as 8-bit integers."),
-    tokenizer: str | None = typer.Option(None, help="gpt2, bytes or a tokenizer.json; default: the model's own."),
-    step: int | None = typer.Option(None, help="Which checkpoint of several; default: the newest."),
-    mesh: str | None = typer.Option(
-        None, metavar="AXIS=N,...", help="Devices to lay the model over, as data=2,tensor=4; default: one device."
-    ),
-    config: str | None = typer.Option(None, metavar="FILE", help="Of an original checkpoint that has none beside it."),
+    dtype: model_options.Dtype = None,
+    quantize: model_options.Quantize = None,
+    tokenizer: model_options.Tokenizer = None,
+    step: model_options.Step = None,
+    mesh: model_options.Mesh = None,
+    config: model_options.Config = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI's completions protocol, the original's two, and a page to try it on."""
     from mesh_transformer.config.errors import UserError
