@@ -5,35 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
 
 import pytest
-from page_server import Answer, Gate, PageServer, Token, chunk, completion, ending, event, refusal, serving, words
-from page_visit import Visit, launched, visiting
+from page_server import Answer, Gate, PageServer, Token, chunk, completion, ending, event, refusal, words
+from page_visit import Visit, visiting
 
 if importlib.util.find_spec("playwright"):  # where it is missing these are only collected; run, they fail
     from playwright.sync_api import Browser, expect
 
 pytestmark = pytest.mark.peers
 DEFAULTS = {"temperature": 0.8, "top_p": 0.95, "top_k": 0, "max_tokens": 128}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with launched() as browser:
-        yield browser
-
-
-@pytest.fixture
-def server() -> Iterator[PageServer]:
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture
-def visit(browser: Browser, server: PageServer) -> Iterator[Visit]:
-    with visiting(browser, server.url) as visit:
-        yield visit
 
 
 def test_types_and_generates(visit: Visit, server: PageServer) -> None:

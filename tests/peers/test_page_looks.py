@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from page_server import Gate, PageServer, Token, completion, refusal, serving, words
-from page_visit import Visit, launched, visiting
+from page_server import Gate, PageServer, Token, completion, refusal, words
+from page_visit import Visit, visiting
 
 if importlib.util.find_spec("playwright"):  # where it is missing these are only collected; run, they fail
     from playwright.sync_api import Browser, expect
@@ -42,24 +41,6 @@ TARGETS = """() => [...document.querySelectorAll("button, input, textarea, summa
   .filter((one) => one.checkVisibility())
   .map((one) => one.type === "checkbox" ? one.closest("label") : one)
   .map((one) => [one.id || one.textContent, one.offsetWidth, one.offsetHeight])"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with launched() as browser:
-        yield browser
-
-
-@pytest.fixture
-def server() -> Iterator[PageServer]:
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture
-def visit(browser: Browser, server: PageServer) -> Iterator[Visit]:
-    with visiting(browser, server.url) as visit:
-        yield visit
 
 
 def width(visit: Visit) -> int:

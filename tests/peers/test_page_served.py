@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from page_visit import launched, visiting
+from page_visit import visiting
 
 from legacy.generator import Arch, write_model_directory
 
@@ -27,12 +27,6 @@ pytestmark = pytest.mark.peers
 PATIENCE = 240  # seconds for the server to warm up
 CONTEXT = 1024  # tokens
 ENDLESS = 16 * CONTEXT - 100  # as long as a text may be, far longer than any test waits
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with launched() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")
