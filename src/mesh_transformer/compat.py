@@ -165,7 +165,7 @@ def alike_rows(dtype: str) -> tuple[dict[str, str] | None, int, int]:
     On CPU, XLA chooses between loops of its own, Eigen and the YNNPACK library by how large an operation is, and they
     sum in different orders. Reductions go to YNNPACK from about 4,096 elements on; here they stay where they are.
     Products in float32 change their order with the number of rows at places that differ from shape to shape; narrower
-    ones only between one row and two. Measured with jaxlib 0.10.2 over 44 shapes up to 8,192 x 2,048;
+    ones only between one row and two. Measured with jaxlib 0.10.2 (benchmarks/alike_rows.py);
     tests/engine/test_invariance.py sees whether it holds. A jaxlib without the option is left as it is. Of
     accelerators nothing is known.
     """

@@ -58,8 +58,8 @@ class Uses(NamedTuple):
 class Programs:
     """One model's programs, compiled once for every shape; engines share them.
 
-    alike: a text's logits are the same bit for bit whatever else is computed with it, on one CPU device. It costs a
-    text alone about a third of its speed, since products have no fewer rows than they have for many.
+    alike: a text's logits are the same bit for bit whatever else is computed with it, on one CPU device. In
+    float32 that costs texts which are few (docs/serving.md, "The same answer"): products then have rows for more.
     """
 
     def __init__(
