@@ -17,6 +17,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 AWKWARD = st.sampled_from(['"', "\\", "\x7f", "\x01\x1f\b\t\n\f\r\r\n", "é\u2028\ufeff😀\U0010ffff", "'''", "#=[]{}."])
 STRING = TEXT | AWKWARD | st.builds("".join, st.lists(TEXT | AWKWARD, min_size=1, max_size=3))
 PATH = STRING.map("/".__add__)
+FORBIDDEN = {*map(chr, range(32)), "/", "|", "\\", "\x7f"}  # in the name of a run
 RATE = st.floats(0, allow_infinity=False, allow_nan=False)
 COUNT = st.integers(1, 2**31 - 1)
 
@@ -34,9 +35,7 @@ def run_configs(draw) -> RunConfig:
     accumulation = draw(st.integers(1, 1000))
     dtype = st.sampled_from(["float32", "bfloat16"])
     return RunConfig(
-        name=draw(
-            STRING.filter(lambda text: not set(text) & {*map(chr, range(32)), "/", "\\", "\x7f"} and text not in "..")
-        ),
+        name=draw(STRING.filter(lambda text: not set(text) & FORBIDDEN and text not in "..")),
         seed=draw(st.integers(0, 2**32 - 1)),
         model=model,
         data=DataConfig(train=draw(PATH), validation=validation, tokenizer=tokenizer, sequence_length=length),

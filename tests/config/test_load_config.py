@@ -226,10 +226,16 @@ def test_refused_overrides(write, override, message):
         ("n_ctx = 1", "unknown key train.n_ctx (did you mean model.n_ctx?)"),
         ("end_lr = 1", "unknown key train.end_lr (here it is train.end_learning_rate)"),
         ("total_steps = 1", "unknown key train.total_steps ("),
-        ("zzz = 1", "unknown key train.zzz (known here: steps, batch_size, gradient_accumulation, learning_rate, "),
+        (
+            "zzz = 1",
+            "unknown key train.zzz (known here: steps, epochs, batch_size, gradient_accumulation, learning_rate, ",
+        ),
         ('"a\\nb" = 1', 'unknown key train."a\\nb" ('),
         ("[trian]\nsteps = 1", "unknown key trian (did you mean [train]?)"),
-        ("[optimizer]\nlr = 1", "unknown key optimizer (the sections are data, evaluate, log, mesh, model, train)"),
+        (
+            "[optimizer]\nlr = 1",
+            "unknown key optimizer (the sections are data, evaluate, log, lora, mesh, model, train)",
+        ),
         ("[mesh]\ntensr = 1\ndat = 2", "unknown keys mesh.tensr (did you mean mesh.tensor?), mesh.dat (did you mean"),
         ("[log]\n" + "\n".join(f"k{i} = 1" for i in range(6)), ", and 2 more"),
         ("[model.preset]\na = 1", "Cannot"),
@@ -249,12 +255,22 @@ def test_refused_overrides(write, override, message):
         ("step_timeout = -1", "train.step_timeout = -1.0 cannot be used; expected a finite number at least 0"),
         ("[mesh]\ntensor = 0", "mesh.tensor = 0 is too small; expected at least 1"),
         ("[mesh]\nshard_sequence = 1", "mesh.shard_sequence = 1 is of type integer; expected a boolean"),
-        ("[log]\nwandb_project = 'p'", 'log.wandb_project = "p" is not supported'),
+        ("[log]\nwandb_project = 1", "log.wandb_project = 1 is of type integer; expected a string"),
+        ("[log]\ntensorboard = 'no'", 'log.tensorboard = "no" is of type string; expected a boolean, such as true'),
+        ("[lora]\nalpha = 1", "missing: lora.rank"),
+        ("[lora]\nrank = 0", "lora.rank = 0 is too small; expected at least 1"),
+        ("[lora]\nrank = 2\nalpha = 0", "lora.alpha = 0.0 cannot be used; expected a finite number above 0"),
+        ("[lora]\nrank = 2\ntargets = []", "lora.targets = [] names no matrix"),
+        ("[lora]\nrank = 2\ntargets = ['q', 'q']", "lora.targets = ['q', 'q'] holds \"q\" twice; remove one"),
+        ("[lora]\nrank = 2\ntargets = [3]", "an entry of lora.targets = 3 is of type integer; expected a string"),
         ("[log]\ndirectory = 'gs://b/r'", 'log.directory = "gs://b/r" is a URL'),
         ("[log]\ndirectory = ''", 'log.directory = "" is empty'),
-        ("[evaluate]\ntasks = ['piqa']", "evaluate.tasks = ['piqa'] is not supported: this version does not evaluate"),
-        ("[evaluate]\ntasks = 'piqa'", 'evaluate.tasks = "piqa" is of type string; expected an array, such as []'),
-        ("[evaluate]\nevery = 5", "evaluate.every = 5 is not supported"),
+        (
+            "[evaluate]\ntasks = 'piqa'",
+            'evaluate.tasks = "piqa" is of type string; expected an array, such as ["lambada',
+        ),
+        ("[evaluate]\nevery = 5", "evaluate.every = 5 has nothing to evaluate: evaluate.tasks is empty"),
+        ("[evaluate]\nlimit = 0", "evaluate.limit = 0 is too small; expected at least 1"),
         ("[evaluate]\nevry = 1", "unknown key evaluate.evry (did you mean evaluate.every?)"),
     ],
 )
@@ -270,7 +286,7 @@ def test_refused_content(write, added, message):
         ('preset = "gpt-j-tiny"', "", "missing: model.preset ("),
         ('preset = "gpt-j-tiny"', "n_layers = 2\nn_ctx = 2", "missing: model.d_model, model.n_heads, model.n_vocab"),
         ('train = "train.index"', "", "missing: data.train"),
-        ("steps = 100\nlearning_rate = 1e-3", "", "missing: train.steps, train.learning_rate"),
+        ("steps = 100\nlearning_rate = 1e-3", "", "missing: train.steps (or train.epochs), train.learning_rate"),
         ('"gpt-j-tiny"', '"gpt-j-tiny"\nn_layer = 2', "unknown key model.n_layer (did you mean model.n_layers?)"),
         ('"gpt-j-tiny"', '"gpt-j-tiny"\narchitecture = "v2"', "model.n_shards is missing: it is the number of "),
         ('"gpt-j-tiny"', '"gpt-j-tiny"\narchitecture = "v3"', "model.architecture = 'v3' is not supported"),
@@ -296,7 +312,7 @@ def test_refused_sections(write, old, new, message):
 
 def test_missing_keys_are_listed_at_once(write):
     assert "missing: model.preset (such as" in refusal(write(""))
-    assert refusal(write("")).endswith("data.train, train.steps, train.learning_rate")
+    assert refusal(write("")).endswith("data.train, train.steps (or train.epochs), train.learning_rate")
     assert "missing: train.steps" not in refusal(write("trian = 1"))  # first what is misspelt
 
 

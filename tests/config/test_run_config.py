@@ -13,6 +13,7 @@ from mesh_transformer.config.errors import ConfigError
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.config.presets import PRESETS, preset
 from mesh_transformer.config.run import DataConfig, LogConfig, MeshConfig, RunConfig, TrainConfig
+from mesh_transformer.config.tuning import LoraConfig
 
 TINY = preset("gpt-j-tiny")
 DATA = DataConfig(train="a.index", sequence_length=128)
@@ -47,6 +48,9 @@ def test_train_defaults():
         "gather": "per_layer",
         "pipeline_microbatches": 0,
         "pipeline_interleave": 1,
+        "epochs": None,
+        "warmup_fraction": None,
+        "noise_scale_alpha": 0.01,
         "step_timeout": None,
         "validate_every": 0,
         "validation_batches": 100,
@@ -100,7 +104,7 @@ def test_frozen_and_apart_from_the_callers_dict():
         ("steps", 10**400, "train.steps = an integer of 1329 bits is too large; expected at most 2147483647"),
         ("steps", 1000.0, "train.steps = 1000.0 is of type number; expected an integer, such as 1000"),
         ("steps", True, "train.steps = true is of type boolean; expected an integer, such as 8"),
-        ("steps", None, "train.steps = null is of type null; expected an integer, such as 8"),
+        ("steps", None, "missing: train.steps (or train.epochs)"),
         ("batch_size", 0, "train.batch_size = 0 is too small; expected at least 1"),
         ("gradient_accumulation", 0, "train.gradient_accumulation = 0 is too small; expected at least 1"),
         ("checkpoint_every", 0, "train.checkpoint_every = 0 is too small; expected at least 1"),
@@ -183,8 +187,47 @@ def test_mesh_values():
 def test_log_values():
     assert 'log.directory = "gs://b/runs" is a URL' in refusal(LogConfig, directory="gs://b/runs")
     assert refusal(LogConfig, directory="") == 'log.directory = "" is empty; expected a string such as "runs"'
-    message = refusal(LogConfig, wandb_project="mine")
-    assert message.startswith('log.wandb_project = "mine" is not supported: this version does not log to Weights')
+    assert LogConfig(wandb_project="mine").wandb_project == "mine"
+    assert "of type boolean" not in refusal(LogConfig, wandb_project=True).partition(";")[2]
+
+
+def test_mixtures():
+    sets = {"pile": "p.index", "code": "c.index"}
+    data = DataConfig(train=sets, weights={"pile": 3, "code": 0.5}, sequence_length=4)
+    sets["other"] = "o"
+    assert data.train == {"pile": "p.index", "code": "c.index"} and data.weights == {"pile": 3, "code": 0.5}
+    one = {"train": "t", "sequence_length": 4}
+    assert refusal(DataConfig, **one, weights={"pile": 1}) == (
+        "data.weights has pile, and data.train has no names, but one data set; give one weight to each name"
+    )
+    two = {"train": {"a": "a.index", "b": "b.index"}, "sequence_length": 4}
+    assert "data.weights has a, and data.train has a, b" in refusal(DataConfig, **two, weights={"a": 1})
+    assert refusal(DataConfig, **two, weights={"a": 1, "b": 0}).startswith("data.weights.b = 0: nothing would be read")
+    assert "at least 0" in refusal(DataConfig, **two, weights={"a": 1, "b": -1})
+    assert refusal(DataConfig, train={}, sequence_length=4).startswith("data.train = {} names no data")
+
+
+def test_epochs_become_steps_when_the_data_is_counted():
+    train = TrainConfig(epochs=1.5, learning_rate=1e-4, batch_size=8, warmup_fraction=0.1)
+    assert (train.steps, train.warmup_steps, train.anneal_steps) == (None, None, None)
+    counted = train.with_steps(101)  # 151.5 sequences: 18.9 batches
+    assert counted == TrainConfig(steps=19, learning_rate=1e-4, batch_size=8, warmup_steps=2)
+    assert (counted.epochs, counted.warmup_fraction, counted.anneal_steps) == (None, None, 17)
+    assert counted.with_steps(5) is counted
+    assert TrainConfig(epochs=1e-9, learning_rate=1).with_steps(8).steps == 1
+    assert refusal(TrainConfig, learning_rate=1) == "missing: train.steps (or train.epochs)"
+    assert "both say how long to train" in refusal(TrainConfig, steps=1, epochs=1, learning_rate=1)
+    assert "both say how long the rate rises" in refusal(
+        TrainConfig, steps=9, learning_rate=1, warmup_steps=1, warmup_fraction=0.1
+    )
+    assert "at most 1" in refusal(TrainConfig, steps=9, learning_rate=1, warmup_fraction=5)
+    assert "above 0" in refusal(TrainConfig, epochs=0, learning_rate=1)
+
+
+def test_adaptation():
+    lora = LoraConfig(rank=4, targets=["q", "w_in"])
+    assert (lora.alpha, lora.targets) == (8.0, ("q", "w_in"))
+    assert LoraConfig(rank=4, alpha=1).targets == ("q", "v")
 
 
 @pytest.mark.parametrize(
@@ -212,7 +255,7 @@ def test_refused_data_values(given, message):
 )
 def test_run_name_is_a_directory_name(name, mend):
     message = refusal(RunConfig, name=name, model=TINY, data=DATA, train=TRAIN)
-    assert "cannot be the name of a directory" in message
+    assert "cannot be the name of a run directory" in message
     assert message.endswith(f'"{mend}" would do')
 
 

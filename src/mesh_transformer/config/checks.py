@@ -125,6 +125,21 @@ def check_text(key: str, value: object, example: str, *, empty: bool = False) ->
         raise ConfigError(f"{key} = {shown(value)} holds a NUL or is not valid Unicode; rename it without that")
 
 
+def check_texts(key: str, value: object, example: str) -> tuple[str, ...]:
+    """The strings of a list; refuses anything else, and one that stands twice.
+
+    Raises:
+        ConfigError: it is no list of strings, or one of them is empty or stands twice.
+    """
+    check_type(key, value, "array", example)
+    assert isinstance(value, list | tuple)
+    for entry in value:
+        check_text(f"an entry of {key}", entry, json.loads(example)[0])
+        if list(value).count(entry) > 1:
+            raise ConfigError(f"{key} = {shown(list(value))} holds {shown(entry)} twice; remove one")
+    return tuple(value)
+
+
 def _is_unicode(text: str) -> bool:
     try:
         text.encode()

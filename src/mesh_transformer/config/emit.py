@@ -41,6 +41,8 @@ def _value(value: object) -> str:
         case Mapping():
             inside = ", ".join(_line(key, entry) for key, entry in value.items())
             return f"{{ {inside} }}" if inside else "{}"
+        case list() | tuple():
+            return f"[{', '.join(map(_value, value))}]"
         case _:
             raise TypeError(f"no TOML for a value of type {type(value).__name__}")
 

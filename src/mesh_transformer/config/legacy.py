@@ -37,6 +37,7 @@ RENAMED = {
     "val_batches": "train.validation_batches",
     "ckpt_every": "train.checkpoint_every",
     "keep_every": "train.keep_every",
+    "noise_scale_alpha": "train.noise_scale_alpha",
     "name": "name",
 }
 # Keys that become something else: the batch size, paths, dtypes, the refusals and the notes below.
@@ -56,7 +57,6 @@ _TREATED = (
     "gen_length",
     "eval_harness_tasks",
     "val_batch_multiplier",
-    "noise_scale_alpha",
     "wandb_project",
     "comment",
 )
@@ -70,6 +70,8 @@ _REQUIRED = (
     *("cores_per_replica", "per_replica_batch", "total_steps", "lr", "end_lr", "warmup_steps", "anneal_steps"),
     *("weight_decay", "train_set", "val_set", "val_batches", "val_every", "ckpt_every", "keep_every", "name"),
 )
+# What lm-evaluation-harness calls today the tasks whose names have changed since.
+_TASKS = {"lambada": "lambada_openai", "lambada_cloze": "lambada_openai_cloze_yaml"}
 # Ids of the GPT-2 vocabulary, with which the original prepared all its data.
 _GPT2_IDS = 50257
 
@@ -105,6 +107,7 @@ def from_legacy(
     if _architecture(raw) == "v2":
         nested["train"]["gather"] = "per_step" if raw.get("early_collect", True) else "per_layer"
     nested["train"] |= _dtypes(raw, overridden, notes)
+    nested["evaluate"] = _evaluate_section(raw, overridden, notes)
     notes += _unused(raw)
     return nested, notes
 
@@ -238,11 +241,26 @@ def _data_section(raw: Mapping[str, Any]) -> dict[str, Any]:
         "train": _under_data(train),
         "validation": {name: _under_data(where) for name, where in validation.items()},
         "sequence_length": raw["seq"],
+        "shuffle": False,  # the original read its files in order; they were shuffled when they were made
     }
     n_vocab = raw["n_vocab"]
     if isinstance(n_vocab, int) and n_vocab >= _GPT2_IDS:
         section["tokenizer"] = "gpt2"
     return section
+
+
+def _evaluate_section(raw: Mapping[str, Any], overridden: Collection[str], notes: list[str]) -> dict[str, Any]:
+    """The original ran its tasks with every validation."""
+    given = raw.get("eval_harness_tasks", [])
+    tasks = tuple(_TASKS.get(name, name) for name in checks.check_texts("eval_harness_tasks", given, '["piqa"]'))
+    if not tasks:
+        return {}
+    if "evaluate.every" not in overridden:
+        notes.append(
+            f"eval_harness_tasks = {checks.shown(given)}: evaluated every {checks.shown(raw['val_every'])} steps, for "
+            "which lm-eval and the tasks' data are needed; --set evaluate.every=0 leaves it out"
+        )
+    return {"tasks": tasks, "every": raw["val_every"]}
 
 
 def _under_data(name: str) -> str:
@@ -275,16 +293,14 @@ def _dtypes(raw: Mapping[str, Any], overridden: Collection[str], notes: list[str
 def _unused(raw: Mapping[str, Any]) -> list[str]:
     """Notes on keys without a meaning here; a value that asks for nothing needs no note."""
     meaningless = {
-        "eval_harness_tasks": "not run, this version does not evaluate during training",
+        "wandb_project": "not used; --set log.wandb_project=... logs to Weights & Biases",
         "val_batch_multiplier": "ignored; multiply train.validation_batches instead to validate on more sequences",
-        "noise_scale_alpha": "ignored, this version does not log the gradient noise scale",
-        "wandb_project": "not used, this version does not log to Weights & Biases",
         "comment": "ignored, as it was never read",
         "early_collect": "ignored, it belongs to the original's second (v2) architecture",
         "eval_only": "ignored, it belongs to the original's second (v2) architecture",
         "gen_length": "ignored, it belongs to the original's second (v2) architecture",
     }
-    idle: dict[str, Any] = {"eval_harness_tasks": [], "val_batch_multiplier": 1, "wandb_project": "", "comment": ""}
+    idle: dict[str, Any] = {"val_batch_multiplier": 1, "wandb_project": "", "comment": ""}
     if _architecture(raw) == "v2":
         _check_v2_switches(raw)
         meaningless |= {

@@ -84,14 +84,15 @@ def model_config_from_legacy(raw: Mapping[str, Any]) -> ModelConfig:
 
 def to_toml(config: RunConfig) -> str:
     """The whole configuration as TOML, paths absolute; `load_run_config` reads an equal one back."""
-    data: dict[str, Any] = {**vars(config.data), "validation": dict(config.data.validation)}
     nested: dict[str, Any] = {
         "name": config.name,
         "seed": config.seed,
         "model": config.model.to_dict(),
-        "data": data,
+        "data": dict(vars(config.data)),
         "train": dict(vars(config.train)),
+        **({"lora": dict(vars(config.lora))} if config.lora else {}),
         "mesh": dict(vars(config.mesh)),
+        "evaluate": dict(vars(config.evaluate)),
         "log": dict(vars(config.log)),
     }
     _resolve_paths(nested, os.getcwd())
@@ -186,14 +187,16 @@ def _absolute(path: str, base: str) -> str:
 
 def _resolve_paths(nested: dict[str, Any], base: str) -> None:
     """Make the paths in `nested` absolute; what is no string is left for the schema to refuse."""
-    data, log = nested.get("data"), nested.get("log")
+    data, log, evaluate = nested.get("data"), nested.get("log"), nested.get("evaluate")
     if isinstance(data, dict):
         for key in ("train", "tokenizer"):
             if isinstance(data.get(key), str) and not (key == "tokenizer" and data[key] in ("gpt2", "bytes")):
                 data[key] = _absolute(data[key], base)
-        validation = data.get("validation")
-        if isinstance(validation, dict):
-            data["validation"] = {k: _absolute(v, base) if isinstance(v, str) else v for k, v in validation.items()}
+        for key in ("train", "validation"):
+            if isinstance(sets := data.get(key), dict):
+                data[key] = {k: _absolute(v, base) if isinstance(v, str) else v for k, v in sets.items()}
+    if isinstance(evaluate, dict) and isinstance(evaluate.get("include_path"), str):
+        evaluate["include_path"] = _absolute(evaluate["include_path"], base)
     if isinstance(log, dict) and isinstance(log.get("directory"), str):
         log["directory"] = _absolute(log["directory"], base)
 

@@ -6,6 +6,7 @@ Plain facts, checked where they are made. Nothing here reads a file or looks at 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from mesh_transformer.config import checks
 from mesh_transformer.config.dtypes import dtype_name
 from mesh_transformer.config.errors import ConfigError
 from mesh_transformer.config.model import ModelConfig
+from mesh_transformer.config.tuning import EvaluateConfig, LoraConfig
 
 ZLossKind = Literal["legacy", "log_partition"]
 Remat = Literal["none", "dots", "full"]
@@ -30,49 +32,92 @@ class DataConfig:
     """Where the tokens come from.
 
     `train` and each value of `validation` is an index, a .tfrecords file, a glob or a directory, local or an fsspec
-    URL. `tokenizer` is "gpt2", "bytes" or the path of a tokenizer.json; None leaves it to the data's own record.
+    URL. `train` may be several such by name, a mixture: `weights` says in which proportion sequences are taken from
+    them, by default in that of their numbers of sequences. `tokenizer` is "gpt2", "bytes" or the path of a
+    tokenizer.json; None leaves it to the data's own record. `shuffle = false` reads in file order, as the original
+    did. `separate_documents`: no token attends to, or is predicted from, what stands before the end-of-text token
+    that precedes its document.
 
     Raises:
         ConfigError: a value is impossible; the message names the key.
     """
 
-    train: str
+    train: str | Mapping[str, str]
+    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     validation: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name of the set -> where it is
     tokenizer: str | None = None
     sequence_length: int  # tokens that the model sees at once; a record holds one more
+    shuffle: bool = True
+    separate_documents: bool = False
 
     def __post_init__(self) -> None:
-        checks.check_text("data.train", self.train, "data/pile.train.index")
+        self._check_train()
         if not isinstance(self.validation, Mapping):
             where = self.validation if isinstance(self.validation, str) else "data/pile.val.index"
             checks.check_type("data.validation", self.validation, "table", f"{{ validation = {checks.shown(where)} }}")
-        for name, where in self.validation.items():
-            checks.check_text("a name in data.validation", name, "pile")
-            checks.check_text(checks.dotted("data", "validation", name), where, "data/pile.val.index")
-        object.__setattr__(self, "validation", dict(self.validation))  # so that the caller's dict can change
+        _check_sets("validation", self.validation, "data/pile.val.index")
+        for name in ("train", "weights", "validation"):  # copies, so that the caller's dict can change
+            if isinstance(getattr(self, name), Mapping):
+                object.__setattr__(self, name, dict(getattr(self, name)))
+        for name in ("shuffle", "separate_documents"):
+            checks.check_type(f"data.{name}", getattr(self, name), "boolean")
         if self.tokenizer is not None:
             checks.check_text("data.tokenizer", self.tokenizer, "gpt2")
         checks.check_count("data.sequence_length", self.sequence_length, 1)
+
+    def _check_train(self) -> None:
+        if not isinstance(self.train, Mapping):
+            checks.check_text("data.train", self.train, "data/pile.train.index")
+        elif not self.train:
+            raise ConfigError('data.train = {} names no data; expected for example "data/pile.train.index"')
+        else:
+            _check_sets("train", self.train, "data/pile.train.index")
+        names = list(self.train) if isinstance(self.train, Mapping) else []
+        if not isinstance(self.weights, Mapping):
+            checks.check_type("data.weights", self.weights, "table", "{ pile = 0.7, code = 0.3 }")
+        if not self.weights:
+            return
+        if set(self.weights) != set(names):
+            given, needed = ", ".join(self.weights), ", ".join(names) or "no names, but one data set"
+            raise ConfigError(f"data.weights has {given}, and data.train has {needed}; give one weight to each name")
+        for name, weight in self.weights.items():
+            checks.check_number(checks.dotted("data", "weights", name), weight)
+            if not weight:
+                raise ConfigError(
+                    f"{checks.dotted('data', 'weights', name)} = 0: nothing would be read from it; "
+                    f"leave {name} out of data.train and data.weights, or give it a weight above 0"
+                )
+
+
+def _check_sets(key: str, sets: Mapping[str, str], example: str) -> None:
+    for name, where in sets.items():
+        checks.check_text(f"a name in data.{key}", name, "pile")
+        checks.check_text(checks.dotted("data", key, name), where, example)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One optimisation: length, schedule, loss, precision and cadence.
 
-    Left out, `end_learning_rate` is `learning_rate / 10`, `warmup_steps` is `min(3000, steps // 20)` and
-    `anneal_steps` is `steps - warmup_steps`. The rate rises linearly from 0 over `warmup_steps` updates, falls along
-    half a cosine over `anneal_steps`, and stays at `end_learning_rate`; 0 steps of either means none of it.
+    The length is `steps`, or `epochs` over the training data, which `with_steps` turns into steps once the data has
+    been counted; until then whatever depends on the steps is None. `warmup_fraction` (of the steps) may stand in
+    place of `warmup_steps`. Left out, `end_learning_rate` is `learning_rate / 10`, `warmup_steps` is
+    `min(3000, steps // 20)` and `anneal_steps` is `steps - warmup_steps`. The rate rises linearly from 0 over
+    `warmup_steps` updates, falls along half a cosine over `anneal_steps`, and stays at `end_learning_rate`; 0 steps of
+    either means none of it.
 
     Raises:
         ConfigError: a value is impossible; the message names the key.
     """
 
-    steps: int  # optimizer steps
+    steps: int = _FROM_OTHERS  # optimizer steps
+    epochs: float | None = None
     batch_size: int = 8  # sequences per optimizer step, over all devices and accumulation
     gradient_accumulation: int = 1  # parts that a batch is cut into, one after the other
     learning_rate: float
     end_learning_rate: float = _FROM_OTHERS
     warmup_steps: int = _FROM_OTHERS
+    warmup_fraction: float | None = None
     anneal_steps: int = _FROM_OTHERS
     weight_decay: float = 0.1
     clip_norm: float = 1.0
@@ -85,6 +130,7 @@ class TrainConfig:
     gather: Gather = "per_layer"  # when parameters that rest in shards (mesh.zero = 3) are brought together
     pipeline_microbatches: int = 0  # parts of a batch that follow one another through the stages; 0: chosen
     pipeline_interleave: int = 1  # parts of a stage's layers, dealt to the stages in turn
+    noise_scale_alpha: float = 0.01  # factor of the running averages of the gradient noise scale
     step_timeout: float | None = _FROM_OTHERS  # seconds; 0: for ever; None: 600 among several processes
     validate_every: int = 0  # steps; 0: never
     validation_batches: int = 100
@@ -93,15 +139,22 @@ class TrainConfig:
     keep_last: int = 3
 
     def __post_init__(self) -> None:
-        at_least_one = ("steps", "batch_size", "gradient_accumulation", "pipeline_interleave", "checkpoint_every")
-        for name in (*at_least_one, "keep_last"):
+        if self.steps is None and self.epochs is None:
+            raise ConfigError("missing: train.steps (or train.epochs)")
+        at_least_one = ("batch_size", "gradient_accumulation", "pipeline_interleave", "checkpoint_every")
+        for name in (*at_least_one, "keep_last", *(["steps"] if self.steps is not None else [])):
             checks.check_count(f"train.{name}", getattr(self, name), 1)
         for name in ("validate_every", "validation_batches", "keep_every", "pipeline_microbatches"):
             checks.check_count(f"train.{name}", getattr(self, name), 0)
         for name in ("learning_rate", "weight_decay", "z_loss"):
             checks.check_number(f"train.{name}", getattr(self, name))
         checks.check_number("train.clip_norm", self.clip_norm, positive=True)
-        self._fill_in_schedule()
+        checks.check_number("train.noise_scale_alpha", self.noise_scale_alpha, positive=True)
+        if self.noise_scale_alpha > 1:
+            raise ConfigError(f"train.noise_scale_alpha = {self.noise_scale_alpha} is too large; expected at most 1")
+        self._check_length()
+        if self.steps is not None:
+            self._fill_in_schedule()
         checks.check_choice("train.z_loss_kind", self.z_loss_kind, get_args(ZLossKind))
         checks.check_choice("train.remat", self.remat, get_args(Remat))
         checks.check_choice("train.gather", self.gather, get_args(Gather))
@@ -110,9 +163,41 @@ class TrainConfig:
         self._normalise_dtypes()
         self._check_accumulation()
 
+    def with_steps(self, n_sequences: int) -> TrainConfig:
+        """The same with `epochs` over so many sequences as steps, the last one whole; itself where it has no epochs."""
+        if self.epochs is None:
+            return self
+        steps = max(1, math.ceil(self.epochs * n_sequences / self.batch_size))
+        return dataclasses.replace(self, steps=steps, epochs=None)
+
+    def _check_length(self) -> None:
+        if self.epochs is not None:
+            checks.check_number("train.epochs", self.epochs, positive=True)
+            if self.steps is not None:
+                raise ConfigError(
+                    f"train.steps = {self.steps} and train.epochs = {checks.shown(self.epochs)} both say how long to "
+                    "train; give one of them"
+                )
+        if self.warmup_fraction is None:
+            return
+        checks.check_number("train.warmup_fraction", self.warmup_fraction)
+        if self.warmup_fraction > 1:
+            raise ConfigError(
+                f"train.warmup_fraction = {checks.shown(self.warmup_fraction)} is too large; expected a part of the "
+                "steps, at most 1, for example 0.05"
+            )
+        if self.warmup_steps is not None:
+            raise ConfigError(
+                f"train.warmup_steps = {checks.shown(self.warmup_steps)} and train.warmup_fraction = "
+                f"{checks.shown(self.warmup_fraction)} both say how long the rate rises; give one of them"
+            )
+
     def _fill_in_schedule(self) -> None:
         if self.end_learning_rate is None:
             object.__setattr__(self, "end_learning_rate", self.learning_rate / 10)
+        if self.warmup_fraction is not None:
+            object.__setattr__(self, "warmup_steps", round(self.warmup_fraction * self.steps))
+            object.__setattr__(self, "warmup_fraction", None)
         if self.warmup_steps is None:
             object.__setattr__(self, "warmup_steps", min(3000, self.steps // 20))
         checks.check_count("train.warmup_steps", self.warmup_steps, 0)
@@ -195,11 +280,12 @@ class LogConfig:
     """Where a run is written: `directory` holds run directories, each under its run's name.
 
     Raises:
-        ConfigError: `directory` is a URL, or Weights & Biases is asked for.
+        ConfigError: `directory` is a URL.
     """
 
     directory: str = "runs"
-    wandb_project: str = ""  # empty: off
+    tensorboard: bool = True  # curves for TensorBoard, under RUN/tensorboard
+    wandb_project: str = ""  # of Weights & Biases; empty: off
 
     def __post_init__(self) -> None:
         checks.check_text("log.directory", self.directory, "runs")
@@ -208,12 +294,8 @@ class LogConfig:
                 f"log.directory = {checks.shown(self.directory)} is a URL, and this version writes runs to a local "
                 "disk only; expected a path, for example --set log.directory=runs"
             )
+        checks.check_type("log.tensorboard", self.tensorboard, "boolean")
         checks.check_text("log.wandb_project", self.wandb_project, "", empty=True)
-        if self.wandb_project:
-            raise ConfigError(
-                f"log.wandb_project = {checks.shown(self.wandb_project)} is not supported: this version does not log "
-                'to Weights & Biases; expected "" (metrics are written to metrics.jsonl in the run directory)'
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,7 +312,9 @@ class RunConfig:
     data: DataConfig
     train: TrainConfig
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         _check_run_name(self.name)
@@ -239,6 +323,11 @@ class RunConfig:
             raise ConfigError(
                 f"data.sequence_length = {self.data.sequence_length} is longer than the model's context, "
                 f"model.n_ctx = {self.model.n_ctx}; expected at most {self.model.n_ctx}"
+            )
+        if self.data.separate_documents and self.mesh.pipeline > 1:
+            raise ConfigError(
+                f"data.separate_documents = true and mesh.pipeline = {self.mesh.pipeline} cannot go together: every "
+                "row has a mask of its own, which a pipeline does not pass on; set mesh.pipeline = 1"
             )
         if self.data.validation and self.train.validation_batches == 0:
             raise ConfigError(
@@ -255,9 +344,10 @@ class RunConfig:
 def _check_run_name(name: object) -> None:
     checks.check_text("name", name, "my-run")
     assert isinstance(name, str)
-    if name in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", name) or len(name.encode()) > 255:
-        mend = re.sub(r"[/\\\x00-\x1f\x7f]+", "-", name).strip(".-")[:60] or "my-run"
+    # A bar would make the path of a checkpoint a chain of stores for the library that reads it.
+    if name in (".", "..") or re.search(r"[/\\|\x00-\x1f\x7f]", name) or len(name.encode()) > 255:
+        mend = re.sub(r"[/\\|\x00-\x1f\x7f]+", "-", name).strip(".-")[:60] or "my-run"
         raise ConfigError(
-            f"name = {checks.shown(name)} cannot be the name of a directory (no slash, no control character, at most "
-            f"255 bytes); {checks.shown(mend)} would do"
+            f"name = {checks.shown(name)} cannot be the name of a run directory (no slash, no bar, no control "
+            f"character, at most 255 bytes); {checks.shown(mend)} would do"
         )

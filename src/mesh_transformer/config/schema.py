@@ -18,25 +18,30 @@ from mesh_transformer.config.legacy import RENAMED
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.config.presets import preset
 from mesh_transformer.config.run import DataConfig, LogConfig, MeshConfig, RunConfig, TrainConfig
+from mesh_transformer.config.tuning import EvaluateConfig, LoraConfig
 
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,
     "train": TrainConfig,
+    "lora": LoraConfig,
     "mesh": MeshConfig,
+    "evaluate": EvaluateConfig,
     "log": LogConfig,
 }
 # What a section may hold beside its dataclass's fields.
-_MORE_KEYS: dict[str, dict[str, Any]] = {"model": {"preset": str}, "evaluate": {"tasks": list, "every": int}}
+_MORE_KEYS: dict[str, dict[str, Any]] = {"model": {"preset": str}}
 _EXAMPLES = {
     "data.train": '"data/pile.train.index"',
     "data.validation": '{ pile = "data/pile.val.index" }',
     "data.tokenizer": '"gpt2"',
+    "data.weights": "{ pile = 0.7, code = 0.3 }",
     "train.steps": "1000",
+    "lora.targets": '["q", "v"]',
     "train.compute_dtype": '"bfloat16"',
     "train.remat": '"full"',
     "model.preset": '"gpt-j-6b"',
-    "evaluate.tasks": "[]",
+    "evaluate.tasks": '["lambada_openai"]',
     "log.directory": '"runs"',
     "name": '"my-run"',
 }
@@ -57,17 +62,7 @@ def run_config_from_dict(raw: Mapping[str, Any], *, default_name: str | None = N
         raw = {"name": default_name, **raw}
     _check_complete(raw)
     top = {name: _convert(name, raw[name], str if name == "name" else int) for name in ("name", "seed") if name in raw}
-    sections = {name: _convert_section(name, raw.get(name, {})) for name in [*SECTIONS, "evaluate"]}
-    if sections["evaluate"].get("every"):
-        raise ConfigError(
-            f"evaluate.every = {sections['evaluate']['every']} is not supported: this version does not evaluate during "
-            "training; expected 0, or leave it out"
-        )
-    if sections["evaluate"].get("tasks"):
-        raise ConfigError(
-            f"evaluate.tasks = {checks.shown(sections['evaluate']['tasks'])} is not supported: this version does not "
-            "evaluate during training; expected [], or leave it out"
-        )
+    sections = {name: _convert_section(name, raw.get(name, {})) for name in SECTIONS}
     model = _build_model(sections["model"])
     sections["data"].setdefault("sequence_length", model.n_ctx)
     return RunConfig(
@@ -76,6 +71,8 @@ def run_config_from_dict(raw: Mapping[str, Any], *, default_name: str | None = N
         data=DataConfig(**sections["data"]),
         train=TrainConfig(**sections["train"]),
         mesh=MeshConfig(**sections["mesh"]),
+        lora=LoraConfig(**sections["lora"]) if "lora" in raw else None,
+        evaluate=EvaluateConfig(**sections["evaluate"]),
         log=LogConfig(**sections["log"]),
     )
 
@@ -185,8 +182,10 @@ def _missing_model_keys(model: Mapping[str, Any]) -> list[str]:
 def _check_complete(raw: Mapping[str, Any]) -> None:
     missing = [] if "name" in raw else ["name"]
     missing += _missing_model_keys(raw.get("model", {}))
-    for section in ("data", "train"):
+    for section in ("data", "train", *(["lora"] if "lora" in raw else [])):
         given = {"sequence_length", *raw.get(section, {})}  # the one default that comes from another section
+        if section == "train" and not given & {"steps", "epochs"}:
+            missing.append("train.steps (or train.epochs)")
         missing += [f"{section}.{name}" for name in _required(SECTIONS[section]) if name not in given]
     if missing:
         raise ConfigError(f"missing: {', '.join(missing)}")
@@ -199,7 +198,9 @@ def _convert_section(section: str, given: Mapping[str, Any]) -> dict[str, Any]:
 def _convert(key: str, value: Any, hint: Any) -> Any:
     """`value` as the type that a field declares; an integer becomes a float where a float is declared."""
     if get_origin(hint) in (types.UnionType, Union):
-        (hint,) = [arm for arm in get_args(hint) if arm is not type(None)]
+        arms = [arm for arm in get_args(hint) if arm is not type(None)]
+        # Where a table may stand in place of a text, it is looked at as such.
+        hint = arms[-1] if len(arms) > 1 and isinstance(value, Mapping) else arms[0]
     if get_origin(hint) is Literal:
         hint = type(get_args(hint)[0])
     example = _EXAMPLES.get(key, "")
@@ -211,9 +212,14 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         if key == "data.validation" and isinstance(value, str):
             example = f"{{ validation = {checks.shown(value)} }}"
         checks.check_type(key, value, "table", example)
+        of_entry = get_args(hint)[1]
+        if of_entry is float:
+            return {name: _convert(checks.dotted(*key.split("."), name), entry, float) for name, entry in value.items()}
         for name, entry in value.items():
             checks.check_type(checks.dotted(*key.split("."), name), entry, "string", _EXAMPLES["data.train"])
+    elif get_origin(hint) is tuple:
+        return checks.check_texts(key, value, example)
     else:
-        names = {int: "integer", str: "string", bool: "boolean", list: "array"}
+        names = {int: "integer", str: "string", bool: "boolean"}
         checks.check_type(key, value, names[hint], example)
     return value
