@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import shutil
 import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mesh_transformer.config.errors import DataError
-from mesh_transformer.data import source as source_module
-from mesh_transformer.data.source import RecordSource, open_source, record_lengths, resolve_data
+from mesh_transformer.data import offsets
+from mesh_transformer.data.offsets import record_lengths
+from mesh_transformer.data.source import RecordSource, open_source, resolve_data
 from mesh_transformer.data.tfrecord import write_records
 
 T = 8
@@ -66,7 +69,10 @@ def test_a_file_a_glob_and_a_directory(data: Path) -> None:
     [
         ("a_4.tfrecords\nnone.tfrecords\n", r"list, line 2 names 'none\.tfrecords'"),
         ("\n\n", "names no files"),
-        ("gs://bucket/a.tfrecords", "remote"),
+        (
+            '{"text": "' + 200 * "x" + '"}',
+            r"line 1 names .{60,100}x\.\.\.', which does not exist.*`mesh-transformer prepare`",
+        ),
         ("\xff\xfe", "byte 0 is not UTF-8"),
     ],
 )
@@ -116,14 +122,59 @@ def test_wrong_length_says_both_numbers(data: Path) -> None:
     # Only the first record is read at open; a later one is found out when it is read.
     write_records(data / "mixed.tfrecords", [*rows(0, 2), np.arange(5)])
     source = open_source(str(data / "mixed.tfrecords"), sequence_length=T, n_vocab=100)
-    with pytest.raises(DataError, match=r"record 2 has 5 ids.*needs 9"):
+    with pytest.raises(DataError, match=r"mixed\.tfrecords, record 2 has 5 ids.*needs 9; .* of unequal length"):
         source[2]
+    write_records(data / "short.tfrecords", [np.arange(5)])
+    (data / "unequal.index").write_text("a_4.tfrecords\nshort.tfrecords\n")
+    with pytest.raises(
+        DataError, match=r"short\.tfrecords, record 0 has 5 ids.*a_4\.tfrecords before it has so many"
+    ) as e:
+        open_source(str(data / "unequal.index"), sequence_length=T, n_vocab=100)
+    assert "set data.sequence_length" not in str(e.value)
 
 
-@pytest.mark.parametrize("token", [100, 50256, -1, -(2**31)])
-def test_ids_outside_the_vocabulary(data: Path, token: int) -> None:
+def test_ids_that_are_not_learned_come_as_they_were_written(data: Path) -> None:
+    marked = rows(0, 3)
+    marked[1, :4] = ~marked[1, :4]
+    marked[2] = ~marked[2]
+    write_records(data / "marked.tfrecords", marked)
+    source = open_source(str(data / "marked.tfrecords"), sequence_length=T, n_vocab=27)
+    np.testing.assert_array_equal(source.read_many([2, 0, 1]), marked[[2, 0, 1]])
+
+
+def test_a_file_named_twice_is_read_twice_and_said(data: Path) -> None:
+    (data / "twice.index").write_text("a_4.tfrecords\nc_3.tfrecords\n\na_4.tfrecords\n")
+    notes: list[str] = []
+    source = open_source(str(data / "twice.index"), sequence_length=T, n_vocab=100, note=notes.append)
+    assert len(source) == 4 + 3 + 4
+    np.testing.assert_array_equal(source[7], rows(0, 1)[0])
+    assert len(notes) == 1
+    assert "a_4.tfrecords (2 times)" in notes[0]
+    open_source(str(data / "all.index"), sequence_length=T, n_vocab=100, note=notes.append)
+    assert len(notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'{"text": "a line of JSON, and no record"}\n', "begins like text"),
+        (gzip.compress(b"x" * 100), "begins like gzip"),
+        (b"PAR1" + bytes(100), "begins like parquet"),
+        (zlib.compress(b"x" * 100), "begins like ZLIB.*'zstd' is in the path"),
+        (bytes(100), "not a TFRecord file$"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "a.tfrecords").write_bytes(content)
+    with pytest.raises(DataError, match=rf"a\.tfrecords, record 0 at byte 0.*{says}"):
+        open_source(str(tmp_path / "a.tfrecords"), sequence_length=T, n_vocab=100)
+
+
+@pytest.mark.parametrize("token", [100, 50256, 2**31 - 1])
+@pytest.mark.parametrize("learned", [True, False])
+def test_ids_outside_the_vocabulary(data: Path, token: int, learned: bool) -> None:
     bad = rows(0, 2)
-    bad[1, 3] = token
+    bad[1, 3] = token if learned else ~token
     write_records(data / "bad.tfrecords", bad)
     source = open_source(str(data / "bad.tfrecords"), sequence_length=T, n_vocab=100)
     with pytest.raises(DataError, match=rf"bad\.tfrecords, record 1 has token id {token}, .*n_vocab = 100"):
@@ -146,8 +197,8 @@ def test_damage_under_the_reader_names_the_record(data: Path) -> None:
 def test_offsets_are_scanned_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(data / "a_4.tfrecords")
     scans = []
-    scan = source_module.scan_offsets
-    monkeypatch.setattr(source_module, "scan_offsets", lambda p: scans.append(p) or scan(p))
+    scan = offsets.scan_offsets
+    monkeypatch.setattr(offsets, "scan_offsets", lambda p: scans.append(p) or scan(p))
     first = record_lengths(path)
     np.testing.assert_array_equal(record_lengths(path), first)
     assert len(scans) == 1
@@ -178,19 +229,19 @@ def test_offsets_are_scanned_once(data: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_offsets_go_to_the_users_cache_where_the_data_cannot_be_written(
     data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = source_module.write_atomic
+    write = offsets.write_atomic
 
     def refuse_beside(path: Path, content: bytes) -> None:
         if path.parent == data:
             raise DataError("read-only")
         write(path, content)
 
-    monkeypatch.setattr(source_module, "write_atomic", refuse_beside)
+    monkeypatch.setattr(offsets, "write_atomic", refuse_beside)
     path = str(data / "a_4.tfrecords")
     assert record_lengths(path).size == 4
     assert not (data / ".a_4.tfrecords.offsets").exists()
     assert len(list((cache / "offsets").iterdir())) == 1
-    monkeypatch.setattr(source_module, "scan_offsets", lambda p: pytest.fail("scanned again"))
+    monkeypatch.setattr(offsets, "scan_offsets", lambda p: pytest.fail("scanned again"))
     assert record_lengths(path).size == 4
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mesh_transformer.config.errors import DataError
 from mesh_transformer.data import tfrecord
+from mesh_transformer.data.expand import plain_file
 
 
 def read_all(path: Path) -> list[np.ndarray]:
@@ -187,18 +188,18 @@ def test_zstd_in_the_path_means_zlib(tmp_path: Path, cache: Path) -> None:
     half = len(plain.getvalue()) // 2
     # Two streams one after the other are one file.
     path.write_bytes(zlib.compress(plain.getvalue()[:half]) + zlib.compress(plain.getvalue()[half:]))
-    expanded = tfrecord.plain_file(path)
+    expanded = plain_file(path)
     assert Path(expanded).read_bytes() == plain.getvalue()
     assert cache in Path(expanded).parents
     changed = os.stat(expanded).st_mtime_ns
-    assert tfrecord.plain_file(path) == expanded
+    assert plain_file(path) == expanded
     assert os.stat(expanded).st_mtime_ns == changed  # once only
 
     whole = path.read_bytes()
     for damaged in (whole[:-3], b"(\xb5/\xfd not this", b"x\x9c" + whole[5:]):
         path.write_bytes(damaged)
         with pytest.raises(DataError, match=r"zstd\.tfrecords.*ZLIB"):
-            tfrecord.plain_file(path)
+            plain_file(path)
     assert len(list((cache / "expanded").iterdir())) == 1
 
 
@@ -207,5 +208,5 @@ def test_plain_files_stay_where_they_are(tmp_path: Path, cache: Path) -> None:
     directory.mkdir()
     for name, sequences in (("a.tfrecords", SEQUENCES), ("empty.tfrecords", [])):
         tfrecord.write_records(directory / name, sequences)
-        assert tfrecord.plain_file(directory / name) == str(directory / name)
+        assert plain_file(directory / name) == str(directory / name)
     assert not cache.exists()

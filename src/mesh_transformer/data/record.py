@@ -9,8 +9,9 @@ import re
 from pathlib import Path
 
 from mesh_transformer.config.errors import DataError
+from mesh_transformer.data import places
 from mesh_transformer.data.files import write_atomic
-from mesh_transformer.data.source import is_record_file, resolve_data
+from mesh_transformer.data.finding import is_record_file, resolve_data
 
 _FORMAT = "mesh-transformer data"
 
@@ -48,25 +49,27 @@ def data_record(spec: str) -> DataRecord | None:
         DataError: the data does not exist, or a record is malformed.
     """
     files = resolve_data(spec)
-    path = os.path.expanduser(spec)
-    if os.path.isfile(path) and not is_record_file(path):
+    path = places.normal(spec)
+    is_index = path.endswith(".index") if places.is_url(path) else os.path.isfile(path) and not is_record_file(path)
+    if is_index:
         name = path.removesuffix(".index").removesuffix(".val")
-        if (found := _read(Path(f"{name}.json"))) is not None:
+        if (found := _read(f"{name}.json")) is not None:
             return found
     beside = {re.sub(r"(\.val)?_\d+\.tfrecords$", "", file) for file in files}
-    records = [_read(Path(f"{name}.json")) for name in sorted(beside)]
+    records = [_read(f"{name}.json") for name in sorted(beside)]
     first = records[0]
     if first is None or any(each is None or each.tokenizer_sha256 != first.tokenizer_sha256 for each in records):
         return None
     return first
 
 
-def _read(path: Path) -> DataRecord | None:
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
+def _read(path: str) -> DataRecord | None:
+    data = places.read_file(path)
+    if data is None:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: the data's record cannot be read ({error}); prepare the data again") from error
     if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
         return None  # some other file of that name
@@ -77,5 +80,5 @@ def _read(path: Path) -> DataRecord | None:
     except TypeError as error:
         raise DataError(f"{path}: the data's record is malformed ({error}); prepare the data again") from error
     if record.tokenizer.endswith(".json"):
-        record = dataclasses.replace(record, tokenizer=str(path.parent / record.tokenizer))
+        record = dataclasses.replace(record, tokenizer=places.join(places.parent(path), record.tokenizer))
     return record

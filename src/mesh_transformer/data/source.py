@@ -1,183 +1,37 @@
-"""Finding the record files of a data set, and random access to their sequences."""
+"""Random access to the sequences of record files."""
 
 from __future__ import annotations
 
-import glob
+import concurrent.futures
 import hashlib
 import os
-import struct
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
-import google_crc32c
 import numpy as np
 
 from mesh_transformer.config.errors import DataError
-from mesh_transformer.config.paths import cache_directory
-from mesh_transformer.data.files import make_directory, write_atomic
-from mesh_transformer.data.tfrecord import (
-    FOOTER_BYTES,
-    HEADER_BYTES,
-    decode_example,
-    plain_file,
-    read_record,
-    scan_offsets,
-)
+from mesh_transformer.data import places
+from mesh_transformer.data.example import Example, text_row
+from mesh_transformer.data.expand import plain_file
+from mesh_transformer.data.finding import is_record_file, notes_on, resolve_data
+from mesh_transformer.data.image_text import image_text_row, is_image_text
+from mesh_transformer.data.offsets import record_lengths
+from mesh_transformer.data.tfrecord import FOOTER_BYTES, HEADER_BYTES, checked_payload, read_record
 
-_VALIDATION_FILE = ".val_"
+__all__ = ["RecordSource", "is_record_file", "open_source", "resolve_data"]
 
-
-# ----------------------------------------------------------------------------------------------------- finding files
-
-
-def resolve_data(spec: str) -> list[str]:
-    """The record files that `spec` names, in reading order; each exists.
-
-    `spec` is a record file (".tfrecord" in its name), a directory (its record files by name, without the validation
-    files that `prepare` puts beside the training files), a glob (by name), or else an index: one path a line, blank
-    lines skipped, relative to the index's directory and then to the working directory, in the order of the lines.
-
-    Raises:
-        DataError: nothing there, or an index names a file that is missing (the message names both).
-    """
-    _refuse_remote(spec, "data")
-    path = os.path.expanduser(spec)
-    if os.path.isdir(path):
-        return _record_files(path)
-    if not os.path.exists(path):
-        if glob.has_magic(path):
-            found = sorted(name for name in glob.glob(path) if os.path.isfile(name))
-            if found:
-                return found
-            raise DataError(f"data {spec!r}: no file matches this pattern (working directory {os.getcwd()})")
-        raise DataError(
-            f"data {spec!r} does not exist (working directory {os.getcwd()}); expected an index file, "
-            "a .tfrecords file, a glob or a directory. `mesh-transformer prepare` makes one from text"
-        )
-    return [path] if is_record_file(path) else _read_index(path)
-
-
-def is_record_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a path's own name says that it holds records rather than an index's lines."""
-    return ".tfrecord" in os.path.basename(os.fspath(path))
-
-
-def _record_files(directory: str) -> list[str]:
-    names = sorted(name for name in os.listdir(directory) if is_record_file(name) and not name.startswith("."))
-    training = [name for name in names if _VALIDATION_FILE not in name]
-    files = [os.path.join(directory, name) for name in training or names]
-    if not files:
-        raise DataError(f"data {directory!r} is a directory without .tfrecords files")
-    return files
-
-
-def _read_index(index: str) -> list[str]:
-    try:
-        lines = Path(index).read_bytes().decode("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{index}: not an index (byte {error.start} is not UTF-8 text); a record file's name holds '.tfrecord'"
-        ) from error
-    except OSError as error:
-        raise DataError(f"{index}: cannot be read ({error.strerror or error})") from error
-    files = []
-    for number, line in enumerate(lines, 1):
-        if not (name := line.strip()):
-            continue
-        _refuse_remote(name, f"{index}, line {number}")
-        name = os.path.expanduser(name)
-        candidates = [os.path.join(os.path.dirname(index), name), name]
-        found = next((path for path in candidates if os.path.isfile(path)), None)
-        if found is None:
-            raise DataError(
-                f"{index}, line {number} names {name!r}, which does not exist; looked for "
-                f"{' and '.join(dict.fromkeys(map(os.path.abspath, candidates)))}"
-            )
-        files.append(found)
-    if not files:
-        raise DataError(f"{index}: the index names no files; expected one .tfrecords path a line")
-    return files
-
-
-def _refuse_remote(name: str, where: str) -> None:
-    if "://" in name:
-        raise DataError(f"{where}: {name!r} is remote; records are read from local or mounted paths, copy them first")
-
-
-# ------------------------------------------------------------------------------------------------------- the offsets
-
-_OFFSETS_MAGIC = b"MTOFFS01"
-# magic, the record file's size in bytes and mtime in ns, number of records
-_OFFSETS_HEADER = struct.Struct("<8sQQQ")
-
-
-def record_lengths(path: str) -> np.ndarray:
-    """int64 [n_records]: the payload length in bytes of every record of an uncompressed file.
-
-    They come from one pass over the headers, kept in a hidden file beside the data, or in the user's cache where that
-    directory cannot be written; a kept one that is damaged, or of another size or time of change, is made anew.
-
-    Raises:
-        DataError: the record file is missing or damaged.
-    """
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    beside = Path(path).with_name(f".{Path(path).name}.offsets")
-    key = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:32]
-    cached = cache_directory() / "offsets" / f"{key}.offsets"
-    for candidate in (beside, cached):
-        lengths = _read_lengths(candidate, status)
-        if lengths is not None:
-            return lengths
-    lengths = scan_offsets(path)[1]
-    head = _OFFSETS_HEADER.pack(_OFFSETS_MAGIC, status.st_size, status.st_mtime_ns, lengths.size)
-    data = head + lengths.astype("<i8").tobytes()
-    data += struct.pack("<I", google_crc32c.value(data))
-    for candidate in (beside, cached):
-        try:
-            make_directory(candidate.parent)
-            write_atomic(candidate, data)
-            break
-        except DataError:
-            continue  # without a place to keep them, the next start scans again
-    return lengths
-
-
-def _lengths_of(path: str, plain: str) -> np.ndarray:
-    """`record_lengths` of the expanded copy `plain`; an error names the user's own file too."""
-    try:
-        return record_lengths(plain)
-    except DataError as error:
-        if plain == path:
-            raise
-        raise DataError(f"{path}: what it expands to is damaged: {error}") from error
-
-
-def _read_lengths(path: Path, status: os.stat_result) -> np.ndarray | None:
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return None
-    if len(data) < _OFFSETS_HEADER.size + 4 or google_crc32c.value(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
-        return None
-    magic, size, mtime, count = _OFFSETS_HEADER.unpack_from(data)
-    if (magic, size, mtime) != (_OFFSETS_MAGIC, status.st_size, status.st_mtime_ns):
-        return None
-    return np.frombuffer(data, "<i8", count, _OFFSETS_HEADER.size).astype(np.int64)
-
-
-# -------------------------------------------------------------------------------------------------------- the source
+# Files of a remote data set that are looked at side by side when it is opened.
+_OPENED_AT_ONCE = 8
 
 
 class RecordSource:
-    """Random access to the sequences of a list of record files, in file order: a data source as Grain expects.
+    """Random access to the sequences of a list of record files, in file order.
 
-    Reading is safe from many threads; nothing is held open between reads.
+    Reading is safe from many threads; nothing is held open between reads. A row is int32 [T + 1]; an id that is not to
+    be learned stands in it as `~id`. Records of the original's image-text data are known by their features.
 
     Args:
-        files: record files, as `resolve_data` returns them.
+        files: record files, local or at URLs, as `resolve_data` returns them.
         sequence_length: T; every record must hold T + 1 ids.
         n_vocab: ids must lie in 0..n_vocab-1.
 
@@ -190,20 +44,19 @@ class RecordSource:
         self.files = tuple(files)
         self.sequence_length = sequence_length
         self.n_vocab = n_vocab
-        self._plain = [plain_file(path) for path in self.files]
-        lengths = [_lengths_of(path, plain) for path, plain in zip(self.files, self._plain, strict=True)]
+        opened = _open_all(self.files)
+        self._plain = [plain for plain, _, _ in opened]
         # Payload offsets alone are kept, with the end of the file after each file's last: a length is a difference.
         self._offsets = [
-            HEADER_BYTES + np.concatenate([[0], np.cumsum(each + HEADER_BYTES + FOOTER_BYTES)]) for each in lengths
+            HEADER_BYTES + np.concatenate([[0], np.cumsum(lengths + HEADER_BYTES + FOOTER_BYTES)])
+            for _, lengths, _ in opened
         ]
-        self._sizes = [os.path.getsize(path) for path in self.files]
-        self._ends = np.cumsum([each.size for each in lengths])
+        self._sizes = [size for _, _, size in opened]
+        self._ends = np.cumsum([lengths.size for _, lengths, _ in opened])
         if len(self) == 0:
             shown = ", ".join(self.files[:3]) + (", ..." if len(self.files) > 3 else "")
             raise DataError(f"the data set is empty: no records in {len(self.files)} files ({shown})")
-        for end, each in zip(self._ends, lengths, strict=True):
-            if each.size:
-                self[int(end) - each.size]
+        self._check_first_records()
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._ends.size else 0
@@ -218,50 +71,150 @@ class RecordSource:
             DataError: damaged, of another length, or an id is outside the vocabulary.
             IndexError: `index` is not in 0..len-1.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"sequence {index} of {len(self)}")
-        which = int(np.searchsorted(self._ends, index, side="right"))
-        offsets = self._offsets[which]
-        record = int(index - self._ends[which]) + offsets.size - 1
-        offset = int(offsets[record])
-        length = int(offsets[record + 1]) - offset - HEADER_BYTES - FOOTER_BYTES
-        path = self.files[which]
+        which, record, offset, length = self._find(index)
+        path, plain = self.files[which], self._plain[which]
+        if places.is_url(plain):
+            data = places.read_range(plain, offset, length + FOOTER_BYTES)
+            return self._row(checked_payload(data, offset, length, path=path, record=record), which, record)
         try:
-            descriptor = os.open(self._plain[which], os.O_RDONLY)
+            descriptor = os.open(plain, os.O_RDONLY)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
         try:
             payload = read_record(descriptor, offset, length, path=path, record=record)
         finally:
             os.close(descriptor)
-        where = f"{path}, record {record}"
-        ids = decode_example(payload, where=where)
-        self._check(ids, where)
-        return ids
+        return self._row(payload, which, record)
 
-    def _check(self, ids: np.ndarray, where: str) -> None:
-        if ids.size != self.sequence_length + 1:
+    def read_many(self, indices: Sequence[int]) -> list[np.ndarray]:
+        """The sequences of these numbers, those of one remote file at a time. Raises as reading one by one does."""
+        if not self.remote:
+            return [self[index] for index in indices]
+        rows: dict[int, np.ndarray] = {}
+        found = [(n, *self._find(index)) for n, index in enumerate(indices)]
+        for which in sorted({each[1] for each in found}):
+            path, plain = self.files[which], self._plain[which]
+            mine = [each for each in found if each[1] == which]
+            if not places.is_url(plain):
+                rows |= {n: self[indices[n]] for n, *_ in mine}
+                continue
+            starts = [offset for _, _, _, offset, _ in mine]
+            parts = places.read_ranges(plain, starts, [length + FOOTER_BYTES for *_, length in mine])
+            for (n, _, record, offset, length), data in zip(mine, parts, strict=True):
+                payload = checked_payload(data, offset, length, path=path, record=record)
+                rows[n] = self._row(payload, which, record)
+        return [rows[n] for n in range(len(indices))]
+
+    @property
+    def remote(self) -> bool:
+        """Whether some of it is read over a network."""
+        return any(map(places.is_url, self._plain))
+
+    @property
+    def file_counts(self) -> list[int]:
+        """The number of records of each file."""
+        return [offsets.size - 1 for offsets in self._offsets]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know about the files: lines to show."""
+        return notes_on(self.files)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex sha256 over each file's base name, record count and size in bytes, in order: the data list's identity."""
+        digest = hashlib.sha256()
+        for path, count, size in zip(self.files, self.file_counts, self._sizes, strict=True):
+            digest.update(f"{os.path.basename(path)}\0{count}\0{size}\n".encode())
+        return digest.hexdigest()
+
+    def _find(self, index: int) -> tuple[int, int, int, int]:
+        """(number of its file, number of the record in it, its payload's offset and length)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        offsets = self._offsets[which]
+        record = int(index - self._ends[which]) + offsets.size - 1
+        offset = int(offsets[record])
+        return which, record, offset, int(offsets[record + 1]) - offset - HEADER_BYTES - FOOTER_BYTES
+
+    def _check_first_records(self) -> None:
+        first = [int(end) - count for end, count in zip(self._ends, self.file_counts, strict=True) if count]
+        if self.remote:
+            with concurrent.futures.ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
+                list(pool.map(self.__getitem__, first))
+            return
+        for index in first:
+            self[index]
+
+    def _row(self, payload: bytes, which: int, record: int) -> np.ndarray:
+        where = f"{self.files[which]}, record {record}"
+        example = Example(payload, where)
+        row = image_text_row(example, where) if is_image_text(example) else text_row(example, where)
+        if row.size != self.sequence_length + 1:
             raise DataError(
-                f"{where} has {ids.size} ids, but sequence_length {self.sequence_length} needs "
-                f"{self.sequence_length + 1}; set data.sequence_length = {ids.size - 1} or prepare the data again"
+                f"{where} has {row.size} ids, but sequence_length {self.sequence_length} needs "
+                f"{self.sequence_length + 1}; {self._mend_of_length(row.size, which, record)}"
             )
-        # Negative ids wrap to large unsigned ones, so one comparison finds both kinds.
-        outside = ids.view(np.uint32) >= self.n_vocab
+        self._check_vocabulary(row, where)
+        return row
+
+    def _mend_of_length(self, size: int, which: int, record: int) -> str:
+        # The first record of every file was checked when it was opened, in the order of the files.
+        if record:
+            return "the records of this file are of unequal length; prepare the data again"
+        if any(self.file_counts[:which]):
+            return f"{self.files[which - 1]} before it has so many; prepare the data again, or leave this file out"
+        return f"set data.sequence_length = {size - 1} or prepare the data again"
+
+    def _check_vocabulary(self, row: np.ndarray, where: str) -> None:
+        ids = np.where(row < 0, ~row, row)
+        outside = ids >= self.n_vocab
         if outside.any():
             raise DataError(
                 f"{where} has token id {ids[outside][0]}, outside 0..{self.n_vocab - 1} (n_vocab = {self.n_vocab}); "
                 "prepare the data with this model's tokenizer, or set model.n_vocab"
             )
 
-    @property
-    def fingerprint(self) -> str:
-        """Hex sha256 over each file's base name, record count and size in bytes, in order: the data list's identity."""
-        digest = hashlib.sha256()
-        for path, offsets, size in zip(self.files, self._offsets, self._sizes, strict=True):
-            digest.update(f"{os.path.basename(path)}\0{offsets.size - 1}\0{size}\n".encode())
-        return digest.hexdigest()
+
+def _open_all(files: Sequence[str]) -> list[tuple[str, np.ndarray, int]]:
+    """Of each file: the path of its plain records, their lengths, the plain file's own size in bytes."""
+    if not any(map(places.is_url, files)):
+        return [_open(path) for path in files]
+    once = list(dict.fromkeys(files))
+    with concurrent.futures.ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
+        opened = dict(zip(once, pool.map(_open, once), strict=True))
+    return [opened[path] for path in files]
 
 
-def open_source(spec: str, *, sequence_length: int, n_vocab: int) -> RecordSource:
-    """The sequences of the data set that `spec` names. Raises DataError as `resolve_data` and `RecordSource` do."""
-    return RecordSource(resolve_data(spec), sequence_length=sequence_length, n_vocab=n_vocab)
+def _open(path: str) -> tuple[str, np.ndarray, int]:
+    plain = plain_file(path)
+    try:
+        lengths = record_lengths(plain)
+    except DataError as error:
+        if plain == path:
+            raise
+        raise DataError(f"{path}: what it expands to is damaged: {error}") from error
+    return plain, lengths, places.facts(path).size
+
+
+def open_source(
+    spec: str, *, sequence_length: int, n_vocab: int, note: Callable[[str], None] | None = None
+) -> RecordSource:
+    """The sequences of the data set that `spec` names.
+
+    Args:
+        note: told what a user should know: that files are read more than once, that remote files are looked through.
+
+    Raises:
+        DataError: as `resolve_data` and `RecordSource` say.
+    """
+    files = resolve_data(spec)
+    n_remote = sum(map(places.is_url, files))
+    if note and n_remote:
+        note(f"{spec}: looking through {n_remote} remote record files; what is found is kept in the user's cache")
+    source = RecordSource(files, sequence_length=sequence_length, n_vocab=n_vocab)
+    if note:
+        for line in source.notes:
+            note(line)
+    return source

@@ -8,9 +8,11 @@ import functools
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
+from mesh_transformer.config.errors import DataError
 from mesh_transformer.config.run import RunConfig
 from mesh_transformer.data.choice import tokenizer_for_data
-from mesh_transformer.data.loader import TrainLoader, validation_batches
+from mesh_transformer.data.loader import TrainLoader, stream_fingerprint, validation_batches
+from mesh_transformer.data.mixture import Sequences, open_training
 from mesh_transformer.data.source import RecordSource, open_source
 from mesh_transformer.data.tokenizer import Tokenizer
 from mesh_transformer.sharding.layout import Layout
@@ -21,27 +23,34 @@ from mesh_transformer.train.loop import micro_batch_size, train_batches, validat
 class Data:
     """What a run reads: opened, and checked against the configuration."""
 
-    train: RecordSource
+    train: Sequences
     validation: dict[str, RecordSource]
     tokenizer: Tokenizer | None
+    shuffle: bool = True
 
     @property
     def record(self) -> dict[str, Any]:
         """What must stay the same for a run to go on."""
-        return {"fingerprint": self.train.fingerprint, "sequence_length": self.train.sequence_length}
+        fingerprint = stream_fingerprint(self.train, self.shuffle)
+        return {"fingerprint": fingerprint, "sequence_length": self.train.sequence_length}
 
 
-def open_data(run: RunConfig) -> Data:
+def open_data(run: RunConfig, note: Callable[[str], None] | None = None) -> Data:
     """Opens every data set of the run and checks it against model and batch.
+
+    Args:
+        note: told what a user should know of the data, such as files that it names twice.
 
     Raises:
         DataError: one is missing, damaged, does not fit the model, or holds less than a batch.
+        ConfigError: a weight of a mixture is too small.
     """
-    open_one = functools.partial(open_source, sequence_length=run.data.sequence_length, n_vocab=run.model.n_vocab)
+    fits = {"sequence_length": run.data.sequence_length, "n_vocab": run.model.n_vocab}
     data = Data(
-        train=open_one(run.data.train),
-        validation={name: open_one(where) for name, where in run.data.validation.items()},
+        train=open_training(run.data.train, run.data.weights, note=note, **fits),
+        validation={name: open_source(where, note=note, **fits) for name, where in run.data.validation.items()},
         tokenizer=tokenizer_for_data(run.data.tokenizer, run.data.train, run.model.n_vocab),
+        shuffle=run.data.shuffle,
     )
     TrainLoader(data.train, seed=run.seed, batch_size=run.train.batch_size)
     for source in data.validation.values():
@@ -52,7 +61,9 @@ def open_data(run: RunConfig) -> Data:
 def training_stream(run: RunConfig, data: Data, layout: Layout, position: int) -> Generator[Any]:
     """Batches for the training program from `position` on, endless; this process reads its own rows alone."""
     batches = train_batches(run, layout)
-    loader = TrainLoader(data.train, seed=run.seed, batch_size=run.train.batch_size, rows=batches.rows)
+    loader = TrainLoader(
+        data.train, seed=run.seed, batch_size=run.train.batch_size, rows=batches.rows, shuffle=data.shuffle
+    )
     with contextlib.closing(loader.batches(position)) as stream:
         for rows in stream:
             yield batches.place(rows)
@@ -69,3 +80,30 @@ def validation_streams(run: RunConfig, data: Data, layout: Layout) -> dict[str, 
                 yield batches.place(rows)
 
     return {name: functools.partial(one_pass, source) for name, source in data.validation.items()}
+
+
+def count_steps(run: RunConfig) -> RunConfig:
+    """The run with `train.epochs` turned into steps by counting the training data; itself where it has no epochs.
+
+    Raises:
+        DataError: as `open_data`.
+    """
+    if run.train.epochs is None:
+        return run
+    return dataclasses.replace(run, train=run.train.with_steps(len(open_data(run).train)))
+
+
+def separator_of(run: RunConfig, data: Data) -> int | None:
+    """The id that begins documents which see nothing before it; None where rows are read as one text.
+
+    Raises:
+        DataError: documents are to be kept apart, and there is no tokenizer with an end-of-text token.
+    """
+    if not run.data.separate_documents:
+        return None
+    if data.tokenizer is None or data.tokenizer.end_of_text is None:
+        raise DataError(
+            "data.separate_documents = true needs a tokenizer that has an end-of-text token, to know where documents "
+            'end; set data.tokenizer, for example data.tokenizer = "gpt2"'
+        )
+    return data.tokenizer.end_of_text
