@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import os
 import random
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mesh_transformer.config.errors import ConfigError, DataError
+from mesh_transformer.data import prepare as prepare_module
 from mesh_transformer.data.prepare import PrepareReport, data_record, prepare
 from mesh_transformer.data.source import open_source
 from mesh_transformer.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
@@ -34,98 +38,6 @@ def words(seed: int, count: int) -> str:
 def read(path: Path, length: int = T) -> list[list[int]]:
     source = open_source(str(path), sequence_length=length, n_vocab=50400)
     return [source[i].tolist() for i in range(len(source))]
-
-
-# The pipeline of docs/formats.md, section 10, told over again with plain lists and the global generator.
-
-
-def expected_rows(
-    documents: list[str],
-    tokenizer: Tokenizer,
-    *,
-    seed: int,
-    preserve: bool,
-    min_unique: int,
-    epochs: int,
-    eot_text: bool,
-) -> tuple[list[list[int]], int]:
-    def cut(lists: list[list[int]]) -> tuple[list[list[int]], list[int]]:
-        rows, pending = [], []
-        for tokens in lists:
-            pending = pending + tokens
-            while len(pending) > T + 1:
-                rows.append(pending[: T + 1])
-                pending = pending[T + 1 :]
-        if min_unique > 0:
-            rows = [row for row in rows if len(set(row)) >= min_unique]
-        if not preserve:
-            random.shuffle(rows)
-        return rows, pending
-
-    state = random.getstate()
-    try:
-        random.seed(seed)
-        files = ["the only file"]
-        if not preserve:
-            random.shuffle(files)
-        parts = []
-        for document in documents:
-            for part in [document] if eot_text else document.split("<|endoftext|>"):
-                if part:
-                    parts.append([*tokenizer.encode(part), tokenizer.end_of_text])
-        if not preserve:
-            random.shuffle(parts)
-        rows, trailing = cut(parts)
-        everything = list(rows)
-        for _ in range(epochs - 1):
-            if preserve:
-                rows, trailing = cut([trailing, *rows])
-            else:
-                random.shuffle(parts)
-                rows, trailing = cut(parts)
-            everything += rows
-    finally:
-        random.setstate(state)
-    return everything, len(trailing)
-
-
-@pytest.mark.parametrize(
-    ("preserve", "min_unique", "epochs", "eot_text"),
-    list(itertools.product([False, True], [0, 5], [1, 3], [False, True])),
-)
-def test_the_pipeline_told_over_again(
-    tmp_path: Path, gpt2: Tokenizer, preserve: bool, min_unique: int, epochs: int, eot_text: bool
-) -> None:
-    documents = [words(i, 5 + 7 * i) for i in range(12)]
-    documents[3] = ""
-    documents[5] = f"<|endoftext|>{words(90, 30)}<|endoftext|><|endoftext|>  <|endoftext|>{words(91, 9)}"
-    documents[7] = "x " * 80  # few unique tokens
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    report = prepare(
-        [tmp_path / "in.jsonl"],
-        tmp_path / "out" / "set",
-        tokenizer=gpt2,
-        sequence_length=T,
-        seed=4,
-        preserve_order=preserve,
-        min_unique_tokens=min_unique,
-        n_repack_epochs=epochs,
-        treat_eot_as_text=eot_text,
-    )
-    rows, trailing = expected_rows(
-        documents, gpt2, seed=4, preserve=preserve, min_unique=min_unique, epochs=epochs, eot_text=eot_text
-    )
-    assert len(rows) > 20
-    assert read(report.index) == rows
-    assert report.records == tmp_path / "out" / f"set_{len(rows)}.tfrecords"
-    assert (report.sequences, report.trailing_tokens) == (len(rows), trailing)
-    assert (report.filtered_sequences > 0) == (min_unique > 0)
-    assert report.tokens == sum(
-        len(gpt2.encode(part)) + 1
-        for text in documents
-        for part in ([text] if eot_text else text.split("<|endoftext|>"))
-        if part
-    )
 
 
 @pytest.mark.parametrize(("tokens", "sequences", "trailing"), [(18, 1, 1), (33, 1, 16), (34, 1, 17), (35, 2, 1)])
@@ -156,7 +68,7 @@ def test_inputs_of_every_kind(tmp_path: Path) -> None:
     assert ids == expected[: len(ids)]
     assert len(expected) - len(ids) == report.trailing_tokens == 1
     assert report.documents == 3
-    assert report.skipped == (directory / "notes.md",)
+    assert report.skipped == (str(directory / "notes.md"),)
 
 
 def test_validation_is_by_document(tmp_path: Path) -> None:
@@ -250,7 +162,7 @@ def test_a_failure_writes_nothing(tmp_path: Path) -> None:
         ("a.txt", b"<|endoftext|><|endoftext|>", "no text in .*all empty"),
         ("a.txt", b"short", "makes only 6 tokens, but one sequence needs 18"),
         ("a.md", b"text", r"a\.md: not a supported kind of text; expected a file ending in \.txt or \.jsonl"),
-        ("a.jsonl.zst", b"text", r"not a supported kind of text"),
+        ("a.jsonl.bz2", b"text", r"not a supported kind of text"),
     ]
     for name, content, says in cases:
         (tmp_path / name).write_bytes(content)
@@ -265,17 +177,22 @@ def test_a_failure_writes_nothing(tmp_path: Path) -> None:
 
 def test_impossible_options(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x" * 200)
-    bad: list[tuple[dict[str, float], type[Exception], str]] = [
+    bad: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"sequence_length": 0}, ConfigError, "--sequence-length 0"),
         ({"validation_fraction": 1.0}, ConfigError, "--validation-fraction 1.0"),
         ({"n_repack_epochs": 0}, ConfigError, "--n-repack-epochs 0"),
+        ({"workers": 0}, ConfigError, "--workers 0"),
+        ({"invalid_utf8": "ignore"}, ConfigError, "--invalid-utf8 ignore.*refuse, replace, skip"),
+        ({"cut_long": True}, ConfigError, "--cut-long.*--template"),
+        ({"template": "plain", "keep_tail": True}, ConfigError, "--keep-tail.*--template"),
+        ({"template": "plain", "ftfy": True}, ConfigError, "--normalize-with-ftfy.*--template"),
         ({"validation_fraction": 0.1}, DataError, "at least two documents"),
         ({"min_unique_tokens": 3}, DataError, "--min-unique-tokens drops all 11 sequences"),
     ]
     for options, kind, says in bad:
         arguments = {"tokenizer": load_tokenizer("bytes"), "sequence_length": T} | options
         with pytest.raises(kind, match=says):
-            prepare([tmp_path / "a.txt"], tmp_path / "set", **arguments)  # type: ignore[arg-type]
+            prepare([tmp_path / "a.txt"], tmp_path / "set", **arguments)
 
 
 def test_progress_counts_up_to_the_total(tmp_path: Path) -> None:
@@ -288,4 +205,76 @@ def test_progress_counts_up_to_the_total(tmp_path: Path) -> None:
         sequence_length=T,
         progress=lambda *call: calls.append(call),
     )
-    assert calls == [("tokenizing", 0, 1), ("tokenizing", 1, 1), ("writing", 0, 11), ("writing", 11, 11)]
+    # In bytes: those of the file, then four for each id, of which one is left over.
+    n_ids = 201
+    assert calls[0] == ("tokenizing", 0, 200)
+    assert [call for call in calls if call[0] == "tokenizing"][-1] == ("tokenizing", 200, 200)
+    assert [call for call in calls if call[0] == "writing"] == [
+        ("writing", 0, 4 * n_ids),
+        ("writing", 4 * n_ids, 4 * n_ids),
+    ]
+    assert [stage for stage, _ in itertools.groupby(call[0] for call in calls)] == ["tokenizing", "writing"]
+
+
+def test_outputs_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x" * 200)
+    for out, says in (("s3://bucket/set", "is a URL"), (tmp_path / "a.txt" / "set", "a.txt")):
+        with pytest.raises(DataError, match=says):
+            prepare([tmp_path / "a.txt"], out, tokenizer=load_tokenizer("bytes"), sequence_length=T)
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("step", ["write_records", "write_data_record"])
+def test_a_late_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(["x" * 200] * 4))
+    real = getattr(prepare_module, step)
+
+    def full(*arguments: Any) -> None:
+        real(*arguments)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare_module, step, full)
+    with pytest.raises((DataError, OSError), match="No space left"):
+        prepare(
+            [tmp_path / "a.txt"],
+            tmp_path / "new" / "set",
+            tokenizer=load_tokenizer("bytes"),
+            sequence_length=T,
+            validation_fraction=0.3,
+        )
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x" * 200)
+    # No process has this number: it is the greatest that the kernel could give, and more.
+    (tmp_path / ".set.tfrecords.tmp-4194305").write_bytes(b"half")
+    (tmp_path / ".other.tfrecords.tmp-4194305").write_bytes(b"of another data set")
+    report = prepare([tmp_path / "a.txt"], tmp_path / "set", tokenizer=load_tokenizer("bytes"), sequence_length=T)
+    assert sorted(os.listdir(tmp_path)) == [
+        ".other.tfrecords.tmp-4194305", "a.txt", "set.index", "set.json", report.records.name
+    ]  # fmt: skip
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mesh_transformer.data.encoding._BATCH", 1 << 13)
+    monkeypatch.setattr("mesh_transformer.data.encoding._PIECE", 1 << 11)
+    monkeypatch.setattr("mesh_transformer.data.documents._PIECE_BYTES", 1 << 12)
+
+    monkeypatch.setattr("mesh_transformer.data.pack._ROWS_AT_ONCE", 8)
+
+    def peak(n_lines: int) -> int:
+        with gzip.open(tmp_path / "a.txt.gz", "wt") as file:
+            for i in range(n_lines):
+                file.write(f"{i} is a number, and this is text. " * 50 + "<|endoftext|>" * (i % 3 == 0))
+        tracemalloc.start()
+        try:
+            options = {"tokenizer": load_tokenizer("bytes"), "min_unique_tokens": 1, "overwrite": True}
+            report = prepare([tmp_path / "a.txt.gz"], tmp_path / "set", **options)
+            assert report.tokens > 1600 * n_lines
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(10)  # what is made once
+    assert peak(500) < 1.2 * peak(100)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -210,3 +211,14 @@ def test_a_tokenizer_that_is_not_of_bytes(tmp_path: Path) -> None:
     assert ids == [2, 3, 4, 2, 3]
     assert tokenizer.decode([*ids, 99]) == "the cats the cat"
     assert stream(tokenizer, ids) == ["the", " cat", "s", " the", " cat", ""]
+
+
+def test_a_tokenizer_file_that_cuts_and_fills_up_does_not(tmp_path: Path) -> None:
+    """Such settings are for batches of one size; here they would lose text in silence."""
+    backend = tokenizers.Tokenizer.from_str(load_tokenizer("gpt2").to_bytes().decode())
+    text = "Not a word of this is to be lost, however long it is."
+    whole = load_tokenizer("gpt2").encode(text)
+    backend.enable_truncation(4)
+    backend.enable_padding(length=64)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(str(tmp_path / "tokenizer.json")).encode(text) == whole

@@ -241,6 +241,9 @@ def _wrap(backend: tokenizers.Tokenizer, name: str) -> Tokenizer:
     if not vocabulary:
         raise DataError(f"{name}: the tokenizer has no tokens")
     backend.encode_special_tokens = True
+    # A file may say that texts are to be cut or filled up, which is no business of a vocabulary.
+    backend.no_truncation()
+    backend.no_padding()
     end = next((vocabulary[token] for token in _END_NAMES if token in vocabulary), None)
     found = _LibraryTokenizer(os.path.basename(name), max(vocabulary.values()) + 1, end, backend)
     if found.n_vocab == 50257 and name != "gpt2" and found.sha256 == _gpt2().sha256:
