@@ -39,6 +39,8 @@ from mesh_transformer.checkpoint.weights import nested
 from mesh_transformer.config.errors import CheckpointError, ConfigError, RunError
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.config.run import RunConfig
+from mesh_transformer.data.source import open_source
+from mesh_transformer.evaluate.in_loop import evaluation_of
 from mesh_transformer.model.loss import loss_report
 from mesh_transformer.model.params import named_specs
 from mesh_transformer.model.policy import ComputePolicy
@@ -167,7 +169,7 @@ def test_the_first_update_is_the_reference_s(
     ("variant", "how", "said"),
     [
         ("full", {}, ["Adam goes on after 901 updates; schedule and step begin at 0"]),
-        ("full", {"keep_schedule": True}, ["901 updates, the schedule after 301", "the data begin at their start"]),
+        ("full", {"keep_schedule": True}, ["901 updates, the schedule after 301"]),
         ("full", {"fresh_optimizer": True}, ["its parameters alone: Adam, schedule and step begin at 0"]),
         ("slim", {}, ["schedule and step begin at 0", "holds no optimizer state: Adam starts afresh"]),
     ],
@@ -428,8 +430,33 @@ def test_the_command_passes_everything_on(
     assert command(run, tmp_path, monkeypatch, *flags, "--keep-schedule", "--new") == 0
     assert command(run, tmp_path, monkeypatch, "--init-from", "M", "--fresh-optimizer") == 0
     assert command(run, tmp_path, monkeypatch) == 0
+    assert [how.pop("evaluate") for how in seen] == [evaluation_of] * 3
     assert seen == [
         {"new": True, "init_from": InitFrom(model="M", step=7, config="c.json", keep_schedule=True)},
         {"new": False, "init_from": InitFrom(model="M", fresh_optimizer=True)},
         {"new": False, "init_from": None},
     ]
+
+
+def test_the_original_s_place_in_its_files_is_taken_over(
+    tmp_path: Path, toy: Toy, spy: Spy, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Its loader had finished the first file, of 25 sequences, and read two batches of four of the second."""
+    path = tmp_path_factory.mktemp("placed") / "model"
+    loader = {"used": ["gs://elsewhere/train_1.tfrecords"], "file_idx": 1}
+    write_model_directory(path, ARCH, 1, [STEP], config=True, aux={STEP: loader})
+    files = {"shuffle": False}
+    run = toy.run(tmp_path / "in order", model=SAME, steps=STEP + 1, data=files, **CHANGES)
+    listener, metadata = beginning(run, path, spy, keep_schedule=True)
+    source = open_source(run.data.train, sequence_length=T, n_vocab=64)
+    n = len(spy.rows)
+    assert spy.rows == [source[25 + 2 * n + i].tolist() for i in range(n)]
+    assert metadata["position"] == 25 + 3 * n
+    assert any("the data go on after 33 sequences" in note for note in listener.notes)
+    for how, data in (({"keep_schedule": True}, {}), ({}, files)):
+        spy.rows.clear()
+        run = toy.run(tmp_path / f"other {len(data)}", model=SAME, steps=STEP + 1 if how else 1, data=data, **CHANGES)
+        listener, metadata = beginning(run, path, spy, **how)
+        assert metadata["position"] == n
+        wanted = "taken over with data.shuffle = false"
+        assert any(wanted in note for note in listener.notes) == bool(how)

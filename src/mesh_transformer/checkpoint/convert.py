@@ -24,6 +24,7 @@ from mesh_transformer.checkpoint.legacy.finding import CONFIG, META, looks_legac
 from mesh_transformer.checkpoint.legacy.v1 import LegacyWeights
 from mesh_transformer.checkpoint.legacy.v2 import LegacyV2Weights
 from mesh_transformer.checkpoint.logical import Fingerprint, fingerprint, logical_tensors
+from mesh_transformer.checkpoint.lora import LoraWeights
 from mesh_transformer.checkpoint.manifest import write_manifest
 from mesh_transformer.checkpoint.names import has_hf_names
 from mesh_transformer.checkpoint.opening import CHECKPOINT_FILE
@@ -151,10 +152,11 @@ def kept_dtypes(weights: Weights, conversion: Conversion) -> dict[str, np.dtype]
 
 
 def _check_place(weights: Weights, target: Path, overwrite: bool) -> None:
-    if weights.format != "memory":
-        source, place = weights.where.resolve(), target.resolve()
+    sources = weights.places() if isinstance(weights, LoraWeights) else [weights.where]
+    for source in (source.resolve() for source in sources if weights.format != "memory"):
+        place = target.resolve()
         if source.is_relative_to(place) or (source.is_dir() and place.is_relative_to(source)):
-            raise CheckpointError(f"{target}: holds the source, {weights.where}, or lies in it; choose another place")
+            raise CheckpointError(f"{target}: holds the source, {source}, or lies in it; choose another place")
     if not (target.exists() or target.is_symlink()):
         return
     if not overwrite:

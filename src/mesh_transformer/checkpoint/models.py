@@ -11,6 +11,7 @@ from mesh_transformer.checkpoint import opening
 from mesh_transformer.checkpoint.certificate import CERTIFICATE, verify_certificate
 from mesh_transformer.checkpoint.huggingface import HuggingFaceWeights, looks_huggingface
 from mesh_transformer.checkpoint.legacy.finding import looks_legacy, open_legacy
+from mesh_transformer.checkpoint.lora import LORA, LoraWeights, open_base
 from mesh_transformer.checkpoint.native_weights import NativeWeights
 from mesh_transformer.checkpoint.weights import Weights
 from mesh_transformer.config.errors import CheckpointError
@@ -83,7 +84,9 @@ def _open_native(path: Path, step: int | None, report: Callable[[str], None]) ->
         raise CheckpointError("\n".join([str(error), *passed_over[:1]])) from error
     for line in passed_over:
         report(line)
-    return NativeWeights(directory, metadata)
+    if LORA not in metadata:
+        return NativeWeights(directory, metadata)
+    return LoraWeights(directory, metadata, open_base(metadata, directory, open_weights, report))
 
 
 def _has_huggingface_files(path: Path) -> bool:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from mesh_transformer.cli import model_options
 
+if TYPE_CHECKING:
+    from mesh_transformer.checkpoint.weights import Weights
+
 
 def convert(
     source: model_options.Model,
     target: Path = typer.Argument(help="Directory to write; of legacy formats, one named step_N holds the shards."),
-    to: str = typer.Option(..., "--to", help="native, huggingface, legacy (the original's shards) or legacy-v2."),
+    to: str = typer.Option(..., "--to", help="native, huggingface, legacy (the original's shards), legacy-v2 or peft."),
     dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16; default: as stored."),
     shards: int = typer.Option(0, min=0, help="Of --to legacy; default: as the source, else at most 8."),
     with_optimizer: bool = typer.Option(False, "--with-optimizer", help="Adam's moments and the counts come along."),
     slim: bool = typer.Option(False, "--slim", help="As the original slims: no optimizer, float32 becomes bfloat16."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace TARGET, if it is a model."),
+    base: str | None = typer.Option(
+        None, metavar="NAME", help="Of --to peft: the path or Hub id of the base's Hugging Face form."
+    ),
     step: model_options.Step = None,
     config: model_options.Config = None,
     tokenizer: model_options.Tokenizer = None,
@@ -36,6 +43,14 @@ def convert(
     if slim and with_optimizer:
         raise UserError("--slim leaves the optimizer out and --with-optimizer keeps it; give one of them")
     dtype = dtype_name(dtype, key="--dtype") if dtype is not None else None
+    if to == "peft":
+        refused = {"--dtype": dtype, "--shards": shards, "--with-optimizer": with_optimizer, "--slim": slim}
+        for flag in (flag for flag, given in refused.items() if given):
+            raise UserError(f"{flag} is not for --to peft, which holds an adapter as it was trained; leave it out")
+        _to_peft(open_weights(source, step=step, config=config, report=note), target, base, overwrite)
+        return
+    if base is not None:
+        raise UserError(f"--base {base} is for --to peft; the other formats hold the whole model")
     weights = open_weights(source, step=step, config=config, report=note)
     if slim and dtype is None and weights.main_dtype.name == "float32":
         dtype = "bfloat16"
@@ -53,3 +68,13 @@ def convert(
     else:
         note("no value was changed")
     typer.echo(facts["target"]["digest"])
+
+
+def _to_peft(weights: Weights, target: Path, base: str | None, overwrite: bool) -> None:
+    from mesh_transformer.checkpoint.peft import write_peft
+    from mesh_transformer.cli.console import note
+
+    n_values = write_peft(weights, target, base_name=base, overwrite=overwrite)
+    note(f"{target}: {n_values:,} parameters, peft")
+    if base is None:
+        note("its base is named by the path that it was trained on; --base NAME names what peft is to load")

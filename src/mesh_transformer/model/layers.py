@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from mesh_transformer.config.model import N_BUCKETS, ModelConfig
+from mesh_transformer.model.lora import LowRank
 from mesh_transformer.model.policy import ComputePolicy
 from mesh_transformer.model.quantize import Int8
 from mesh_transformer.shapes import Array, Float, Int, Params
@@ -28,23 +29,72 @@ MASKED = -1e10
 
 
 def product(
-    spec: str, x: Array, w: Array | Int8, policy: ComputePolicy, out_sharding: PartitionSpec | None = None
+    spec: str, x: Array, w: Array | Int8 | LowRank, policy: ComputePolicy, out_sharding: PartitionSpec | None = None
 ) -> Float[Array, ...]:
     """einsum of an activation and a weight: factors rounded to the policy's dtype, summed and returned in float32.
 
     The two products of its gradient round their factors the same way, which plain differentiation would not do. A
-    weight in 8 bits has no gradient.
+    weight in 8 bits has no gradient, and the base of a `LowRank` none that is asked for.
     """
     if 0 < policy.product_rows < x.shape[0]:
         whole, n = dataclasses.replace(policy, product_rows=0), policy.product_rows
         parts = [x[i : i + n] for i in range(0, x.shape[0], n)]
         return jnp.concatenate([product(spec, part, w, whole, out_sharding) for part in parts])
+    if isinstance(w, LowRank):
+        base = product(spec, x, w.base, policy, out_sharding)
+        return base + low_rank_product(spec, x, w.a, w.b, w.scale, policy, out_sharding)
     if isinstance(w, Int8):
         return _int8_product(spec, x, w, policy, out_sharding)
     if policy.dtype == "float32":
         # "highest": accelerators would otherwise round float32 factors to fewer bits.
         return jnp.einsum(spec, x, w.astype(jnp.float32), precision="highest", out_sharding=out_sharding)
     return _rounded_product(spec, policy.dtype, out_sharding, x, w)
+
+
+def low_rank_product(
+    spec: str, x: Array, a: Array, b: Array, scale: float, policy: ComputePolicy, out_sharding: PartitionSpec | None
+) -> Float[Array, ...]:
+    """scale (x a) b, for the `spec` that a matrix with the inputs of `a` and the outputs of `b` would have.
+
+    On a mesh every device multiplies what it has with what it has: where x a is a part of a sum, so is the result.
+    """
+    factors, out = spec.split("->")
+    x_axes, w_axes = factors.split(",")
+    inputs = "".join(axis for axis in w_axes if axis not in out)
+    outputs = "".join(axis for axis in w_axes if axis in out)
+    assert "r" not in spec, f"{spec}: r is the rank's letter"
+    narrow = "".join(axis for axis in x_axes if axis not in inputs) + "r"
+
+    def both(x: Array, a: Array, b: Array) -> Array:
+        # Not `product`: XLA on CPU computes plain differentiation's gradients of such narrow factors very slowly.
+        low = _rounded_product(f"{x_axes},{inputs}r->{narrow}", policy.dtype, None, x, a)
+        return _rounded_product(f"{narrow},r{outputs}->{out}", policy.dtype, None, scale * low, b)
+
+    if out_sharding is None:
+        return both(x, a, b)
+    summed = tuple(sorted(out_sharding.unreduced))
+    names = _mesh_axes(out_sharding) | set(summed)
+    held = tuple(jax.typeof(factor).sharding.spec for factor in (x, a, b))
+
+    def on_one_device(*parts: Array) -> Array:
+        # What is the same on several devices is marked as each one's own: its gradient is summed over them.
+        own = both(*(_varying(part, names - _mesh_axes(spec)) for part, spec in zip(parts, held, strict=True)))
+        return jax.lax.pcast(own, summed, to="unreduced") if summed else own
+
+    return jax.shard_map(on_one_device, in_specs=held, out_specs=out_sharding)(x, a, b)
+
+
+def _varying(x: Array, names: set[str]) -> Array:
+    """Within a `shard_map`: `x` as each device's own over mesh axes over which it is the same on all devices."""
+    for name in sorted(names):
+        x = jax.lax.pcast(x, name, to="varying")
+    return x
+
+
+def _mesh_axes(spec: PartitionSpec) -> set[str]:
+    """Those that divide an array."""
+    entries = (entry for entry in spec.partitions if entry is not None)
+    return {name for entry in entries for name in (entry if isinstance(entry, tuple) else (entry,))}
 
 
 def _int8_product(spec: str, x: Array, w: Int8, policy: ComputePolicy, out_sharding: PartitionSpec | None) -> Array:
@@ -70,9 +120,14 @@ def _int8_product(spec: str, x: Array, w: Int8, policy: ComputePolicy, out_shard
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _rounded_product(spec: str, dtype: str, out_sharding: PartitionSpec | None, x: Array, w: Array) -> Array:
-    return jnp.einsum(
-        spec, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32, out_sharding=out_sharding
-    )
+    factors = x.astype(dtype), w.astype(dtype)
+    how: Any = {"preferred_element_type": jnp.float32, "precision": _precision(dtype)}
+    return jnp.einsum(spec, *factors, out_sharding=out_sharding, **how)
+
+
+def _precision(dtype: str) -> str | None:
+    """Accelerators would otherwise round float32 factors to fewer bits."""
+    return "highest" if dtype == "float32" else None
 
 
 def _rounded_product_forward(
@@ -87,7 +142,7 @@ def _rounded_product_backward(
     x, w = saved
     factors, out = spec.split("->")
     x_axes, w_axes = factors.split(",")
-    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=_precision(dtype))
     g = g.astype(dtype)
     dx = dot(f"{out},{w_axes}->{x_axes}", g, w.astype(dtype), out_sharding=_laid_as(x, out_sharding))
     dw = dot(f"{x_axes},{out}->{w_axes}", x.astype(dtype), g, out_sharding=_laid_as(w, out_sharding))

@@ -9,13 +9,19 @@ from typing import Any
 
 import jax
 
+from mesh_transformer.checkpoint.lora import LORA, record_of
 from mesh_transformer.checkpoint.native import CheckpointStore
 from mesh_transformer.checkpoint.opening import check_model
+from mesh_transformer.checkpoint.weights import Weights
 from mesh_transformer.config.errors import CheckpointError
 from mesh_transformer.config.run import RunConfig
+from mesh_transformer.data.legacy_state import position_of_loader_state
+from mesh_transformer.data.source import RecordSource
 from mesh_transformer.sharding.layout import Layout
+from mesh_transformer.train import lora
+from mesh_transformer.train.advice import tuning_advice
 from mesh_transformer.train.data import Data
-from mesh_transformer.train.init_from import InitFrom, left_aside
+from mesh_transformer.train.init_from import InitFrom, first_state, left_aside, origin
 from mesh_transformer.train.state import TrainState, abstract_state, initial_state
 
 _CHANGED = "put back what it was, or begin again with --new, or give the run another name"
@@ -33,6 +39,41 @@ class Start:
     position: int = 0
     checkpoint: int | None = None
     origin: Mapping[str, Any] | None = None
+
+
+def begun_from(
+    run: RunConfig, data: Data, init_from: InitFrom, source: Weights, note: Callable[[str], None], layout: Layout
+) -> Start:
+    """The start of a run that begins from `source`, which `open_model` opened; notes what is unusual in its schedule.
+
+    Raises:
+        CheckpointError: a file of the model is damaged.
+        ConfigError: the run's adapter cannot be put on it.
+        DataError: the original's place in its data, which is to be taken over, is not one in these.
+    """
+    for line in tuning_advice(run) if not init_from.keep_schedule else ():
+        note(line)
+    if run.lora:
+        state, began_from = lora.begun(run, init_from, source, note, layout)
+        return Start(state, origin=began_from)
+    position = _position(run, data, init_from, source)
+    start = Start(first_state(run, init_from, source, note, layout), position or 0, origin=origin(source))
+    if position is not None:
+        note(f"the data go on after {position:,} sequences, where the interrupted run stood in them")
+    elif init_from.keep_schedule:
+        mend = " (the original's place in its files is taken over with data.shuffle = false)" if source.extras else ""
+        note(f"the data begin at their start: where the interrupted run stood in its own is not taken over{mend}")
+    return start
+
+
+def _position(run: RunConfig, data: Data, init_from: InitFrom, source: Weights) -> int | None:
+    """Where the interrupted run of the original stood, if the data are read in the order in which it read them."""
+    state = source.extras.get("train_loader")
+    in_order = not run.data.shuffle and isinstance(data.train, RecordSource)
+    if not init_from.keep_schedule or state is None or not in_order:
+        return None
+    assert isinstance(data.train, RecordSource)
+    return position_of_loader_state(state, data.train, run.train.batch_size)
 
 
 def restored_or_random(
@@ -70,7 +111,9 @@ def restored_or_random(
     except CheckpointError as error:
         raise CheckpointError(f"{str(error).partition(chr(10))[0]}\n{_CHANGED}") from error
     there, here = metadata.get("data", {}), data.record
+    adapter = record_of(run.lora, run.model)
     unchanged = {
+        "[lora] (rank, alpha or targets)": (metadata.get(LORA), adapter.to_dict() if adapter else None),
         "seed": (metadata.get("seed"), run.seed),
         "data.sequence_length": (there.get("sequence_length"), here["sequence_length"]),
         "list of data files (their names, sizes or order)": (there.get("fingerprint"), here["fingerprint"]),
@@ -80,7 +123,11 @@ def restored_or_random(
             raise CheckpointError(
                 f"{store.path(newest)}: was trained with another {name}: {before}, now {now}\n{_CHANGED}"
             )
-    state = store.restore(newest, abstract_state(run, layout), model=run.model)
-    aside = f"; {left_aside(init_from, metadata.get('init_from'))}" if init_from is not None else ""
+    began_from = metadata.get("init_from")
+    if run.lora:
+        state, began_from = lora.restored(run, store, newest, init_from, note, layout)
+    else:
+        state = store.restore(newest, abstract_state(run, layout), model=run.model)
+    aside = f"; {left_aside(init_from, began_from)}" if init_from is not None else ""
     note(f"going on from checkpoint {newest} in {store.directory}{aside}")
-    return Start(state, int(metadata["position"]), newest, metadata.get("init_from"))
+    return Start(state, int(metadata["position"]), newest, began_from)

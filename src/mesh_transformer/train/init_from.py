@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mesh_transformer.checkpoint.lora import LoraWeights
 from mesh_transformer.checkpoint.models import open_weights
 from mesh_transformer.checkpoint.run_directory import RunDirectory
-from mesh_transformer.checkpoint.weights import MOMENTS, Weights, assemble, stored_bytes
+from mesh_transformer.checkpoint.weights import MOMENTS, Kind, Weights, assemble, stored_bytes
 from mesh_transformer.config.errors import CheckpointError, ConfigError
 from mesh_transformer.config.model import differing_fields
 from mesh_transformer.config.run import RunConfig
+from mesh_transformer.model.params import ParamSpec, map_table, shape
 from mesh_transformer.shapes import Params
 from mesh_transformer.sharding.layout import ONE_DEVICE_LAYOUT, Layout, place_array
 from mesh_transformer.train.optimizer import moments_of, with_optimizer_state
@@ -71,9 +73,11 @@ def open_model(run: RunConfig, init_from: InitFrom, note: Callable[[str], None],
     _check_counts(weights)
     if init_from.keep_schedule:
         _check_can_go_on(run, weights)
-    if new and weights.where.resolve().is_relative_to(RunDirectory(run.run_directory).checkpoints.resolve()):
+    places = weights.places() if isinstance(weights, LoraWeights) else [weights.where]
+    doomed = RunDirectory(run.run_directory).checkpoints.resolve()
+    for place in (place for place in places if new and place.resolve().is_relative_to(doomed)):
         raise CheckpointError(
-            f"{weights.where}: this model belongs to the earlier run, which --new deletes\n"
+            f"{place}: this model belongs to the earlier run, which --new deletes\n"
             "give this run another name, or copy the model to another place"
         )
     return weights
@@ -100,7 +104,7 @@ def first_state(
     moments = bool(weights.counters) and not init_from.fresh_optimizer
     for line in _what_is_taken(init_from, weights):
         note(line)
-    progress = _progress(weights, moments, note)
+    progress = reading(weights, "reading", note, weights.kinds() if moments else ("params",))
     abstract = abstract_state(run, layout)
 
     def read(kind: Any, like: Params) -> Params:
@@ -128,6 +132,21 @@ def first_state(
         opt_state=jax.tree.map(zeros_if_abstract, opt_state),
         key=_owned(np.asarray(random_key(run.seed)), layout.sharding()),
     )
+
+
+def place_stored(weights: Weights, layout: Layout, note: Callable[[str], None]) -> Params:
+    """The parameters in their stored dtypes, laid out, in memory that a training step may overwrite.
+
+    Raises:
+        CheckpointError: a file of the model is damaged.
+    """
+
+    def resting(spec: ParamSpec) -> jax.ShapeDtypeStruct:
+        sharding = layout.sharding(layout.rules.param(spec.axes))
+        return jax.ShapeDtypeStruct(shape(spec, weights.cfg), np.float32, sharding=sharding)
+
+    read = assemble(weights, progress=reading(weights, "reading", note))
+    return _move(read, map_table(resting, weights.cfg))
 
 
 def origin(weights: Weights) -> dict[str, Any]:
@@ -196,15 +215,14 @@ def _what_is_taken(init_from: InitFrom, weights: Weights) -> list[str]:
     adam = f"Adam goes on after {weights.counters.adam} updates"
     if not init_from.keep_schedule:
         return [f"{beginning} with its optimizer state: {adam}; schedule and step begin at 0"]
-    return [
-        f"going on from {weights.where} ({which}): {adam}, the schedule after {weights.counters.schedule}",
-        "the data begin at their start: where the interrupted run stood in its own is not taken over",
-    ]
+    return [f"going on from {weights.where} ({which}): {adam}, the schedule after {weights.counters.schedule}"]
 
 
-def _progress(weights: Weights, moments: bool, note: Callable[[str], None]) -> Callable[[int], None]:
-    """Called with bytes as they are read; says now and then what share of the whole that is."""
-    total = stored_bytes(weights, weights.kinds() if moments else ("params",))
+def reading(
+    weights: Weights, doing: str, note: Callable[[str], None], kinds: Iterable[Kind] = ("params",)
+) -> Callable[[int], None]:
+    """To be called with bytes as they are read; says now and then what share of the whole that is."""
+    total = stored_bytes(weights, kinds)
     done, said = 0, time.monotonic()
 
     def read(n_bytes: int) -> None:
@@ -212,7 +230,7 @@ def _progress(weights: Weights, moments: bool, note: Callable[[str], None]) -> C
         done += n_bytes
         if time.monotonic() - said >= _SECONDS_BETWEEN_NOTES:
             said = time.monotonic()
-            note(f"reading {weights.where}: {done / total:.0%} of {total / 2**30:.1f} GiB")
+            note(f"{doing} {weights.where}: {done / total:.0%} of {total / 2**30:.1f} GiB")
 
     return read
 

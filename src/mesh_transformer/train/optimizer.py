@@ -11,6 +11,7 @@ import optax
 
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.config.run import TrainConfig
+from mesh_transformer.config.tuning import LoraConfig
 from mesh_transformer.model.params import decay_mask
 from mesh_transformer.shapes import Array, Params
 
@@ -33,17 +34,19 @@ def learning_rate_schedule(train: TrainConfig) -> Callable[[Any], Array]:
     return rate
 
 
-def make_optimizer(train: TrainConfig, cfg: ModelConfig) -> optax.GradientTransformation:
+def make_optimizer(
+    train: TrainConfig, cfg: ModelConfig, lora: LoraConfig | None = None
+) -> optax.GradientTransformation:
     """Updates from the sum of `gradient_accumulation` microbatch gradients.
 
     In the original's order: mean over microbatches, clip by global norm, Adam, decoupled decay of matrices and tables,
-    minus, learning rate.
+    minus, learning rate. With `lora` its parameters are the adapter's, matrices all.
     """
     return optax.chain(
         optax.scale(1 / train.gradient_accumulation),
         optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity(),
         keep_state_in(jnp.dtype(train.moment_dtype), optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)),
-        optax.add_decayed_weights(train.weight_decay, mask=decay_mask(cfg)),
+        optax.add_decayed_weights(train.weight_decay, mask=None if lora else decay_mask(cfg)),
         optax.scale(-1),
         optax.scale_by_schedule(learning_rate_schedule(train)),
     )
