@@ -279,8 +279,9 @@ def test_accumulation_changes_nothing() -> None:
     adam, whole_adam = adam_of(state.opt_state), adam_of(whole.opt_state)
     for ours, theirs in ((state.params, whole.params), (adam.mu, whole_adam.mu), (adam.nu, whole_adam.nu)):
         assert furthest(flat(ours), flat(theirs)) <= 1e-6
-    for field in dataclasses.fields(report):
-        assert float(getattr(report, field.name)) == pytest.approx(float(getattr(whole_report, field.name)), rel=1e-6)
+    for name, value in vars(whole_report).items():
+        if value is not None:  # the noise of the gradient is known from several parts alone
+            assert float(getattr(report, name)) == pytest.approx(float(value), rel=1e-6)
 
 
 def test_the_first_step_moves_moments_and_counters_only() -> None:
@@ -327,7 +328,8 @@ def test_the_second_step_runs_the_first_one_s_program(form: str) -> None:
 
 def test_validation_is_plain_cross_entropy() -> None:
     params = state_of(WHOLE).params
-    got = jax.jit(make_validation_step(MODEL, POLICY))(params, jnp.asarray(ROWS))
+    got, n = jax.jit(make_validation_step(MODEL, POLICY))(params, jnp.asarray(ROWS))
+    assert int(n) == ROWS.shape[0] * (ROWS.shape[1] - 1)
     _, report = stepped("whole")
     assert float(got) == pytest.approx(float(report.loss), rel=1e-6)
     assert float(report.total_loss) - float(got) > 1e-3

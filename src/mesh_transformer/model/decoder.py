@@ -15,12 +15,13 @@ from jax.ad_checkpoint import checkpoint_name
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.model import layers
 from mesh_transformer.model.cache import KVCache, attend
+from mesh_transformer.model.lora import LowRank, map_parts
 from mesh_transformer.model.params import ParamSpec, is_multiplied, param_table
 from mesh_transformer.model.policy import ComputePolicy
-from mesh_transformer.model.quantize import Int8, map_arrays
+from mesh_transformer.model.quantize import Int8
 from mesh_transformer.shapes import Array, Float, Int, Params
 from mesh_transformer.sharding.pipeline import run_stages
-from mesh_transformer.sharding.rules import ONE_DEVICE, STREAM, Rules
+from mesh_transformer.sharding.rules import ONE_DEVICE, STREAM, Axes, Rules
 
 # What `gather` brings together; the backward pass brings it together again instead of keeping it.
 _GATHERED = "gathered"
@@ -66,28 +67,43 @@ def hidden(
     start: Int[Array, " batch"] | None = None,
     cache: KVCache | None = None,
     pages: Int[Array, "batch width"] | None = None,
+    separator: int | None = None,
 ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
     """The residual stream after the last block, lying as `rules.after_stages` say, and the cache with these tokens.
 
     Without a cache the tokens are whole texts. With one, row b continues its text at position `start[b]`, sees what
     the cache holds in its `pages`, and is written into them; a row may be padded on the right, since nothing sees a
     later position and the next call overwrites it. A row's tokens must lie within one page. A pipeline has no cache.
+
+    With a separator, which needs neither, each occurrence of that id begins a document that sees nothing before it.
     """
     seq = tokens.shape[1]
     first = jnp.zeros((1,), jnp.int32) if start is None else start
     positions = first[:, None] + jnp.arange(seq, dtype=jnp.int32)[None, :]
+    documents = None if separator is None else jnp.cumsum(tokens == separator, axis=1, dtype=jnp.int32)
     embed = gather(params["embed"], param_table(cfg)["embed"], rules)
     x = layers.embed_tokens(embed["tokens"], tokens, policy, rules) + embed["bias"].astype(jnp.float32)
     if cfg.position == "fixed":
-        there = rules.use((None if start is None else "batch", "seq", "embed"))
-        x = x + embed["positions"].at[positions].get(mode="clip", out_sharding=there).astype(jnp.float32)
+        own = positions if documents is None else positions - jax.lax.cummax(_begins(documents) * positions, axis=1)
+        there = rules.use((None if own.shape[0] == 1 else "batch", "seq", "embed"))
+        x = x + embed["positions"].at[own].get(mode="clip", out_sharding=there).astype(jnp.float32)
     x = rules.place(x, STREAM)
     where = locate(params, positions, cache, pages, cfg, rules)
+    if documents is not None:
+        assert cache is None and rules.n_stages == 1 and where.bias is not None
+        same = documents[:, None, :, None] == documents[:, None, None, :]
+        where = dataclasses.replace(where, bias=where.bias + jnp.where(same, 0.0, layers.MASKED))
     if rules.n_stages == 1:
         return run_blocks(params["layers"], x, where, cache, cfg, policy, rules)
     assert cache is None, "a pipeline has no cache"
     stage = lambda stacked, x: run_blocks(stacked, x, where, None, cfg, policy, rules)[0]  # noqa: E731
     return run_stages(stage, params["layers"], x, rules), None
+
+
+def _begins(documents: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
+    """1 where a document begins, 0 elsewhere."""
+    before = jnp.pad(documents[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    return (documents != before).astype(jnp.int32)
 
 
 def locate(
@@ -244,14 +260,18 @@ def gather(params: Params, specs: Any, rules: Rules) -> Params:
     A leaf may lack its leading `layers` axis, being one slice of it.
     """
 
+    def apart(w: Any, axes: Axes) -> Any:
+        used = rules.place(w, axes)
+        return used if rules.param(axes) == rules.use(axes) else checkpoint_name(used, _GATHERED)
+
     def one(w: Any, spec: ParamSpec) -> Any:
-        if isinstance(w, Int8):
-            return map_arrays(rules.place, spec, w)
+        if isinstance(w, Int8 | LowRank):
+            return map_parts(apart, spec, w)
         axes = spec.axes[len(spec.axes) - w.ndim :]
         used = rules.place_weight(w, axes) if waits(spec, w) else rules.place(w, axes)
         return used if rules.param(axes) == rules.use(axes) else checkpoint_name(used, _GATHERED)
 
-    return jax.tree.map(one, params, specs, is_leaf=lambda w: isinstance(w, Int8))
+    return jax.tree.map(one, params, specs, is_leaf=lambda w: isinstance(w, Int8 | LowRank))
 
 
 def waits(spec: ParamSpec, w: Any) -> bool:

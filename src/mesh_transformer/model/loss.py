@@ -83,9 +83,14 @@ def score_tokens(
     cfg: ModelConfig,
     policy: ComputePolicy,
     rules: Rules = ONE_DEVICE,
+    *,
+    separator: int | None = None,
 ) -> TokenScores:
-    """The scores of `targets` after `tokens`; logits exist for `policy.loss_chunk` positions a device at a time."""
-    x, _ = hidden(params, tokens, cfg, policy, rules)
+    """The scores of `targets` after `tokens`; logits exist for `policy.loss_chunk` positions a device at a time.
+
+    separator: as for `hidden`.
+    """
+    x, _ = hidden(params, tokens, cfg, policy, rules, separator=separator)
     rules = rules.after_stages
     x, targets = rules.place(x, ("batch", "seq", "embed")), rules.place(targets, ("batch", "seq"))
     score = functools.partial(score_logits, moving_maximum=cfg.architecture == "v2")
@@ -110,9 +115,14 @@ def score_tokens(
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(batch, n_chunks * width)[:, :seq], scores)
 
 
-def z_term(scores: TokenScores, kind: ZLossKind) -> Float[Array, ""]:
-    """Mean square of the log-sum: after the maximum is subtracted ("legacy", the original's) or whole."""
-    return jnp.mean(jnp.square(scores.log_sum if kind == "legacy" else scores.log_partition))
+def z_term(scores: TokenScores, kind: ZLossKind) -> Float[Array, "batch seq"]:
+    """Square of the log-sum of every token: after the maximum is subtracted ("legacy", the original's) or whole."""
+    return jnp.square(scores.log_sum if kind == "legacy" else scores.log_partition)
+
+
+def learned(rows: Int[Array, "*batch seq_plus_one"]) -> Int[Array, ""]:
+    """Targets that count among all of these rows: those that do not stand there as ~id."""
+    return jnp.sum(rows[..., 1:] >= 0)
 
 
 def loss_report(
@@ -124,15 +134,30 @@ def loss_report(
     *,
     z_loss: float = 0.0,
     z_loss_kind: ZLossKind = "legacy",
+    n_learned: Float[Array, ""] | None = None,
+    separator: int | None = None,
 ) -> LossReport:
-    """The loss of predicting each token of a row from those before it. Every position counts."""
-    scores = score_tokens(params, rows[:, :-1], rows[:, 1:], cfg, policy, rules)
-    loss = jnp.mean(scores.loss)
-    z = z_loss * z_term(scores, z_loss_kind) if z_loss else jnp.zeros(())
+    """The loss of predicting each token of a row from those before it.
+
+    An id that stands in a row as ~id (docs/data.md) is read as id, and is no target: it does not count.
+
+    Args:
+        n_learned: what sums over targets are divided by; by default the number of targets that count. Parts of a batch
+            give it their share of the whole batch's, so that every target counts alike wherever it stands.
+        separator: as for `hidden`.
+    """
+    ids = jnp.where(rows < 0, ~rows, rows)
+    counts = rules.after_stages.place(rows[:, 1:] >= 0, ("batch", "seq"))
+    scores = score_tokens(params, ids[:, :-1], ids[:, 1:], cfg, policy, rules, separator=separator)
+    n = jnp.maximum(jnp.sum(counts), 1) if n_learned is None else n_learned
+    mean = lambda values: jnp.sum(jnp.where(counts, values, 0.0)) / n  # noqa: E731
+    loss = mean(scores.loss)
+    z = z_loss * mean(z_term(scores, z_loss_kind)) if z_loss else jnp.zeros(())
+    n_last = jnp.maximum(jnp.sum(counts[:, -1]), 1)
     return LossReport(
         total=loss + z,
         loss=loss,
         z_loss=z,
-        last=jnp.mean(scores.loss[:, -1]),
-        correct=jnp.mean(scores.correct.astype(jnp.float32)),
+        last=jnp.sum(jnp.where(counts[:, -1], scores.loss[:, -1], 0.0)) / n_last,
+        correct=mean(scores.correct.astype(jnp.float32)),
     )
