@@ -139,6 +139,7 @@ def _baselines(run: RunConfig) -> dict[str, float]:
 
     held_out = rows(run.data.validation[VALIDATION])
     held_out = held_out[: len(held_out) // run.train.batch_size * run.train.batch_size]
+    assert isinstance(run.data.train, str)
     ngram = NgramBaseline.fit(rows(run.data.train), run.model.n_vocab)
     return {"unigram": ngram.unigram_loss(held_out), "bigram": ngram.bigram_loss(held_out)}
 

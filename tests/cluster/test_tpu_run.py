@@ -135,6 +135,8 @@ def test_options_of_train(config: Path) -> None:
     )
     url = Training(config="gs://b/c.toml", source=Path())
     assert url.arguments(is_first=True) == ["gs://b/c.toml"]
+    traced = Training(config="gs://b/c.toml", source=Path(), profile=3)
+    assert traced.arguments(is_first=True) == ["gs://b/c.toml", "--profile", "3"]
     for option in ({"fresh_optimizer": True}, {"keep_schedule": True}, {"init_step": 0}, {"init_config": "c"}):
         with pytest.raises(ConfigError, match="add --init-from MODEL"):
             Training(config="c", source=Path(), **option)

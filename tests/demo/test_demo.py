@@ -9,7 +9,7 @@ import pytest
 from mesh_transformer import demo
 from mesh_transformer.config.presets import PRESETS, preset
 from mesh_transformer.data.corpus import Corpus, Document
-from mesh_transformer.train.metrics import StepMetrics, ValidationMetrics
+from mesh_transformer.train.metrics import EvaluationMetrics, StepMetrics, ValidationMetrics
 
 
 class Listener:
@@ -26,6 +26,9 @@ class Listener:
 
     def validation(self, metrics: ValidationMetrics) -> None:
         self.validations.append(metrics)
+
+    def evaluation(self, metrics: EvaluationMetrics) -> None:
+        raise AssertionError("the demo has no tasks")
 
 
 def small_corpus() -> Corpus:

@@ -53,12 +53,14 @@ _CADENCE = {"steps": 1, "validate_every": 0, "validation_batches": 1, "checkpoin
 _programs: dict[Any, Programs] = {}
 
 
-def _compile_once(run: RunConfig, state: Any, policy: ComputePolicy, layout: Layout) -> Programs:
+def _compile_once(run: RunConfig, state: Any, policy: ComputePolicy, layout: Layout, separator: int | None) -> Programs:
     assert layout.mesh is None
     # Its schedule is in a program; how long the run is and when it saves are not.
-    key = (run.model, dataclasses.replace(run.train, **_CADENCE), run.data.sequence_length, policy)
+    dtypes = tuple(str(leaf.dtype) for leaf in jax.tree.leaves(state))  # a base keeps its own
+    settings = dataclasses.replace(run.train, **_CADENCE)
+    key = (run.model, settings, run.data.sequence_length, policy, separator, run.lora, dtypes)
     if key not in _programs:
-        _programs[key] = compile_programs(run, state, policy)
+        _programs[key] = compile_programs(run, state, policy, separator=separator)
     return _programs[key]
 
 

@@ -21,7 +21,7 @@ from mesh_transformer.config.load import to_toml
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.config.run import DataConfig, LogConfig, MeshConfig, RunConfig, TrainConfig
 from mesh_transformer.data.tfrecord import write_records
-from mesh_transformer.train.metrics import StepMetrics, ValidationMetrics, read_metrics
+from mesh_transformer.train.metrics import EvaluationMetrics, StepMetrics, ValidationMetrics, read_metrics
 from mesh_transformer.train.state import abstract_state
 
 MODEL = ModelConfig(n_layers=1, d_model=16, n_heads=2, d_ff=32, n_vocab=64, n_ctx=16, d_rotary=4)
@@ -51,6 +51,7 @@ class Listener:
         self.notes: list[str] = []
         self.steps: list[StepMetrics] = []
         self.validations: list[ValidationMetrics] = []
+        self.evaluations: list[EvaluationMetrics] = []
         self._on_step, self._on_note = on_step or {}, on_note
 
     def note(self, text: str) -> None:
@@ -64,6 +65,9 @@ class Listener:
 
     def validation(self, metrics: ValidationMetrics) -> None:
         self.validations.append(metrics)
+
+    def evaluation(self, metrics: EvaluationMetrics) -> None:
+        self.evaluations.append(metrics)
 
 
 class Toy:

@@ -15,8 +15,10 @@ from mesh_transformer.config.errors import CheckpointError
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.config.presets import preset
 from mesh_transformer.train.metrics import (
+    EvaluationMetrics,
     MetricsFile,
     StepMetrics,
+    curves_of,
     flops_per_token,
     peak_flops,
     read_metrics,
@@ -123,3 +125,20 @@ def test_a_full_disk_is_named() -> None:
     assert str(caught.value).count("\n") == 1
     with contextlib.suppress(CheckpointError):  # a device cannot be synced
         file.close()
+
+
+def test_lines_of_all_kinds_are_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    file.write(step_metrics(1))
+    for name in ("b", "a"):
+        file.write(validation_metrics(1, name, 2.0))
+    scores = {"acc": 0.5, "acc_stderr": math.nan, "step": 9.0, "evaluation": 1.0}
+    file.write(EvaluationMetrics(step=1, evaluation="piqa", metrics=scores))
+    file.write(step_metrics(2))
+    file.close()
+    curves = curves_of(read_metrics(path))
+    assert [line["step"] for line in curves.training] == [1, 2]
+    assert list(curves.validation) == ["b", "a"] and len(curves.validation["a"]) == 1
+    # A metric cannot take the place of the step or of the task.
+    assert curves.evaluation == {"piqa": [{"step": 1, "evaluation": "piqa", "acc": 0.5, "acc_stderr": None}]}

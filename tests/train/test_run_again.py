@@ -97,7 +97,9 @@ def test_new_removes_what_a_run_wrote_and_nothing_else(tmp_path: Path, toy: Toy,
     assert trained_steps(again) == [1, 2]
     assert stranger.read_text() == "keep me" and (where / "metrics.csv").read_text() == "keep me too"
     kept = {path.name for path in where.iterdir()}
-    assert kept == {".lock", "checkpoints", "config.toml", "loss.png", "metrics.csv", "metrics.jsonl", "notes"}
+    ours = {".lock", "checkpoints", "config.toml", "loss.png", "metrics.jsonl", "tensorboard"}
+    assert kept == ours | {"metrics.csv", "notes"}
+    assert len(list((where / "tensorboard").iterdir())) == 1  # that of the new run
 
 
 def test_new_needs_usable_data_first(tmp_path: Path, toy: Toy, ten_steps: RunConfig) -> None:

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mesh_transformer.train.metrics import StepMetrics, ValidationMetrics
+    from mesh_transformer.train.metrics import EvaluationMetrics, StepMetrics, ValidationMetrics
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_WITHOUT_BAR = 1.0  # what takes no longer shows none
@@ -58,6 +58,15 @@ class TrainingDisplay:
         if metrics.step in (1, self._steps) or now - self._printed >= _SECONDS_BETWEEN_LINES:
             self._printed = now
             self._line(f"{self._clock()} step {metrics.step}/{self._steps}  {_figures(metrics)}")
+
+    def evaluation(self, metrics: EvaluationMetrics) -> None:
+        """One evaluation task."""
+        shown = []
+        for name, value in metrics.metrics.items():
+            error = metrics.metrics.get(f"{name}_stderr")
+            if not name.endswith("_stderr"):
+                shown.append(f"{name} {value:.4f}" + (f" ± {error:.4f}" if error else ""))
+        self._line(f"{self._clock()} step {metrics.step}/{self._steps}  {metrics.evaluation}: {', '.join(shown)}")
 
     def validation(self, metrics: ValidationMetrics) -> None:
         """One validation set."""

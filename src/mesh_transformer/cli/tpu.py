@@ -99,6 +99,7 @@ def run(
     keep_schedule: bool = typer.Option(False, "--keep-schedule", help="As `train --keep-schedule`."),
     init_step: int | None = typer.Option(None, min=0, metavar="N", help="As `train --init-step`."),
     init_config: str | None = typer.Option(None, metavar="FILE", help="As `train --init-config`; a path on the hosts."),
+    profile: int = typer.Option(0, "--profile", min=0, metavar="STEPS", help="As `train --profile`."),
 ) -> None:
     """Install this project on all hosts of a TPU and train there; with --spot, on a new one when it is taken back."""
     from mesh_transformer.cli.console import note
@@ -114,7 +115,7 @@ def run(
     training = Training(
         config=config, source=source or tpu_source.default_source(), settings=tuple(set_), new=new, yes=yes,
         init_from=init_from, fresh_optimizer=fresh_optimizer, keep_schedule=keep_schedule, init_step=init_step,
-        init_config=init_config,
+        init_config=init_config, profile=profile,
     )  # fmt: skip
     # A mistake in the configuration is told before anything is created.
     load_run_config(config, set_)

@@ -40,6 +40,9 @@ def train(
         None, "--init-config", metavar="FILE", help="With --init-from: its configuration, where it has none beside it."
     ),
     yes: bool = typer.Option(False, "--yes", help="With --new: delete the earlier run without asking."),
+    profile: int = typer.Option(
+        0, "--profile", min=0, metavar="STEPS", help="Trace so many steps after the first two, for Perfetto."
+    ),
 ) -> None:
     """Train, going on by itself from the newest complete checkpoint of the run directory."""
     from mesh_transformer.cli.session import start_session
@@ -47,9 +50,12 @@ def train(
     start_session()
     from mesh_transformer.cli.console import TrainingDisplay, note, stopped_note
     from mesh_transformer.config.load import load_run_config
+    from mesh_transformer.evaluate.in_loop import evaluation_of
     from mesh_transformer.processes import join
     from mesh_transformer.sharding.mesh import device_count
-    from mesh_transformer.train.loop import Silence
+    from mesh_transformer.train.data import count_steps
+    from mesh_transformer.train.loop import Observer, Silence
+    from mesh_transformer.train.profile import PROFILE, Profiler
     from mesh_transformer.train.run import train as run_training
 
     begin_from = begin_from_options(
@@ -58,12 +64,18 @@ def train(
     processes = join(note)
     with processes.agree("configuration"):
         run, notes = load_run_config(config, set_, n_devices=device_count)
+        run = count_steps(run)
         if processes.is_first:
             check_new(run, new=new, yes=yes)
     for line in notes if processes.is_first else ():
         note(line)
-    with TrainingDisplay(run.train.steps) if processes.is_first else contextlib.nullcontext() as display:
-        result = run_training(run, display or Silence(), new=new, init_from=begin_from, processes=processes)
+    with contextlib.ExitStack() as stack:
+        observer: Observer = Silence()
+        if processes.is_first:
+            observer = stack.enter_context(TrainingDisplay(run.train.steps))
+            if profile:
+                observer = stack.enter_context(Profiler(observer, run.run_directory / PROFILE, profile))
+        result = run_training(run, observer, new=new, init_from=begin_from, processes=processes, evaluate=evaluation_of)
     if result.stopped_by is not None:
         if processes.is_first:
             note(stopped_note(result.step, result.stopped_by))

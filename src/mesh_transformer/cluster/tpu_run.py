@@ -48,6 +48,7 @@ class Training:
     keep_schedule: bool = False
     init_step: int | None = None
     init_config: str | None = None
+    profile: int = 0
 
     def __post_init__(self) -> None:
         if self.init_from is None and (given := [flag for flag, value in self._init_options() if value]):
@@ -59,6 +60,7 @@ class Training:
         for setting in self.settings:
             words += ["--set", setting]
         words += ["--new"] * (self.new and is_first) + ["--yes"] * (self.yes and is_first)
+        words += ["--profile", str(self.profile)] if self.profile else []
         if self.init_from is not None:
             words += ["--init-from", self.init_from]
             for flag, value in self._init_options():

@@ -45,19 +45,29 @@ class TrainingTask:
         """Trains, going on from the newest checkpoint of an earlier attempt. Raises as `train.run.train`."""
         from mesh_transformer import compat
         from mesh_transformer.config.schema import run_config_from_dict
+        from mesh_transformer.evaluate.in_loop import evaluation_of
         from mesh_transformer.processes import join
+        from mesh_transformer.train.data import count_steps
         from mesh_transformer.train.run import train
 
         compat.prepare_process()
         compat.use_compile_cache()
-        run = run_config_from_dict(tomllib.loads(self.configuration), default_name="run")
+        run = count_steps(run_config_from_dict(tomllib.loads(self.configuration), default_name="run"))
         # Only what was there before the launch is deleted, never what an earlier attempt of it left to go on from.
         still_there = traces(run.run_directory).items() & self.earlier.items()
         new = worker.from_first(bool(still_there))
         with self.display(run.train.steps) as display:
             processes = join(display.note)
             # Signals reach the main thread, and this is another one: the worker's own request is looked at.
-            return train(run, display, new=new, init_from=self.init_from, processes=processes, stop=worker.stop)
+            return train(
+                run,
+                display,
+                new=new,
+                init_from=self.init_from,
+                processes=processes,
+                stop=worker.stop,
+                evaluate=evaluation_of,
+            )
 
 
 def traces(run_directory: Path) -> dict[str, int]:

@@ -21,6 +21,7 @@ from mesh_transformer.processes import Watchdog
 from mesh_transformer.sharding.batches import Batches
 from mesh_transformer.sharding.layout import ONE_DEVICE_LAYOUT, Layout
 from mesh_transformer.train.metrics import (
+    EvaluationMetrics,
     StepMetrics,
     ValidationMetrics,
     flops_per_token,
@@ -30,6 +31,9 @@ from mesh_transformer.train.metrics import (
 from mesh_transformer.train.state import TrainState
 from mesh_transformer.train.step import StepReport, make_train_step, make_validation_step
 
+# Parameters -> task -> metric -> value.
+Evaluate = Callable[[Any], Mapping[str, Mapping[str, float]]]
+
 
 @runtime_checkable
 class Observer(Protocol):
@@ -38,6 +42,7 @@ class Observer(Protocol):
     def note(self, text: str) -> None: ...
     def step(self, metrics: StepMetrics) -> None: ...
     def validation(self, metrics: ValidationMetrics) -> None: ...
+    def evaluation(self, metrics: EvaluationMetrics) -> None: ...
 
 
 class Silence:
@@ -52,6 +57,9 @@ class Silence:
     def validation(self, metrics: ValidationMetrics) -> None:
         pass
 
+    def evaluation(self, metrics: EvaluationMetrics) -> None:
+        pass
+
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
@@ -62,11 +70,21 @@ class Programs:
     n_devices: int
 
 
-def compile_programs(run: RunConfig, state: Any, policy: ComputePolicy, layout: Layout = ONE_DEVICE_LAYOUT) -> Programs:
-    """Compiles for the shapes and shardings of `state` (arrays or abstract) and of the run's batches."""
+def compile_programs(
+    run: RunConfig,
+    state: Any,
+    policy: ComputePolicy,
+    layout: Layout = ONE_DEVICE_LAYOUT,
+    separator: int | None = None,
+) -> Programs:
+    """Compiles for the shapes and shardings of `state` (arrays or abstract) and of the run's batches.
+
+    separator: as for `make_train_step`.
+    """
     # The state is donated: the old parameters and moments are overwritten in place.
-    step = jax.jit(make_train_step(run.model, run.train, policy, layout.rules), donate_argnums=0)
-    validate = jax.jit(make_validation_step(run.model, policy, layout.rules))
+    train_step = make_train_step(run.model, run.train, policy, layout.rules, lora=run.lora, separator=separator)
+    step = jax.jit(train_step, donate_argnums=0)
+    validate = jax.jit(make_validation_step(run.model, policy, layout.rules, separator=separator))
     with layout.using():
         return Programs(
             step=step.lower(state, train_batches(run, layout).abstract).compile(),
@@ -143,6 +161,7 @@ def train_loop(
     saved: int,
     batches: Iterator[Any],
     validation_sets: Mapping[str, Callable[[], Iterator[Any]]],
+    evaluate: Evaluate | None,
     save: Callable[[TrainState, int], None],
     observer: Observer,
     stop: Callable[[int], int | None],
@@ -153,6 +172,7 @@ def train_loop(
     Args:
         position: sequences consumed so far; `batches` continues from there, each batch as the step takes it.
         saved: step of the newest checkpoint, 0 if there is none.
+        evaluate: the tasks of `run.evaluate`.
         save: called with the state and the position after steps that are to be kept.
         stop: asked with the number of steps finished; the signal to stop by now, None to go on.
         watchdog: told of every step; it is paused while anything else is done.
@@ -181,6 +201,10 @@ def train_loop(
         if _due(step, run.train.validate_every, last):
             with watchdog.paused():
                 _validate(step, state.params, programs, validation_sets, observer, saved)
+        if evaluate and _due(step, run.evaluate.every, last):
+            with watchdog.paused():
+                for task, found in evaluate(state.params).items():
+                    observer.evaluation(EvaluationMetrics(step=step, evaluation=task, metrics=found))
         stopped_by = stop(step)
         if _due(step, run.train.checkpoint_every, last) or stopped_by is not None:
             with watchdog.paused():
@@ -212,8 +236,9 @@ def validate(
 ) -> Iterator[ValidationMetrics]:
     """One ordered pass over each set (at most `validation_batches` batches); gives the mean loss of each."""
     for name, batches in validation_sets.items():
-        losses = [float(programs.validate(params, rows)) for rows in batches()]
-        yield validation_metrics(step, name, float(np.mean(losses)))
+        found = [tuple(map(float, jax.device_get(programs.validate(params, rows)))) for rows in batches()]
+        losses, counts = np.array(found).T
+        yield validation_metrics(step, name, float(np.average(losses, weights=np.maximum(counts, 1e-9))))
 
 
 def _due(step: int, every: int, last: bool) -> bool:
@@ -240,7 +265,7 @@ class _Meter:
         self._start = time.perf_counter()
 
     def measure(self, step: int, position: int, report: StepReport) -> StepMetrics:
-        values = {k: float(v) for k, v in jax.device_get(vars(report)).items()}
+        values = {k: float(v) for k, v in jax.device_get(vars(report)).items() if v is not None}
         seconds = time.perf_counter() - self._start
         rate = self._tokens_a_step / seconds
         return StepMetrics(

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,13 @@ def peak_flops(n_devices: int) -> float | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """One optimizer step as it stands in metrics.jsonl."""
+    """One optimizer step as it stands in metrics.jsonl; what is None is undefined and left out.
+
+    mfu: model FLOPs utilisation, `flops_per_token` x `tokens_per_second` / `peak_flops`; None where the peak is not
+    known. noise_signal, noise_trace: the step's estimates of |G|^2 and tr(Sigma) of one sequence; ..._average: their
+    running averages. noise_scale: B_simple in sequences, noise_scale_tokens: the same in tokens. All None without
+    gradient accumulation (train/noise_scale.py).
+    """
 
     step: int
     loss: float
@@ -65,6 +71,12 @@ class StepMetrics:
     tokens_per_second: float
     step_time: float
     mfu: float | None = None
+    noise_signal: float | None = None
+    noise_trace: float | None = None
+    noise_signal_average: float | None = None
+    noise_trace_average: float | None = None
+    noise_scale: float | None = None
+    noise_scale_tokens: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +87,31 @@ class ValidationMetrics:
     validation: str
     loss: float
     perplexity: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationMetrics:
+    """One evaluation task at one step: name of a metric -> value, with METRIC_stderr beside METRIC where known.
+
+    The metrics stand in the line itself, beside "step" and "evaluation".
+    """
+
+    step: int
+    evaluation: str
+    metrics: Mapping[str, float]
+
+
+AnyMetrics = StepMetrics | ValidationMetrics | EvaluationMetrics
+
+
+def fields_of(metrics: AnyMetrics) -> dict[str, Any]:
+    """The line of metrics.jsonl: fields that are None are left out, numbers that JSON has not (inf) are None."""
+    fields = {k: v for k, v in vars(metrics).items() if v is not None}
+    if isinstance(metrics, EvaluationMetrics):
+        # A metric cannot hide which task it is of.
+        fields = {"step": metrics.step, "evaluation": metrics.evaluation, **metrics.metrics, **fields}
+        del fields["metrics"]
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
 
 
 def validation_metrics(step: int, name: str, loss: float) -> ValidationMetrics:
@@ -97,11 +134,9 @@ class MetricsFile:
         with self._errors():
             self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
-    def write(self, metrics: StepMetrics | ValidationMetrics) -> None:
-        """One line; fields that are None are left out, numbers that JSON has not (inf) are null."""
-        fields = {k: v for k, v in dataclasses.asdict(metrics).items() if v is not None}
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
-        line = (json.dumps(finite) + "\n").encode()
+    def write(self, metrics: AnyMetrics) -> None:
+        """One line."""
+        line = (json.dumps(fields_of(metrics)) + "\n").encode()
         # Unbuffered: after a write that failed, nothing is left behind for closing to fail on once more.
         with self._errors():
             while line:
@@ -134,3 +169,28 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Every whole line of a metrics.jsonl."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Curves:
+    """The lines of metrics.jsonl by what they are of, each list in the order of the steps.
+
+    validation: by set; evaluation: by task; both in the order in which they first appear.
+    """
+
+    training: list[dict[str, Any]]
+    validation: dict[str, list[dict[str, Any]]]
+    evaluation: dict[str, list[dict[str, Any]]]
+
+
+def curves_of(lines: Iterable[dict[str, Any]]) -> Curves:
+    """Sorts the lines that `read_metrics` gives."""
+    curves = Curves([], {}, {})
+    for line in lines:
+        if "validation" in line:
+            curves.validation.setdefault(line["validation"], []).append(line)
+        elif "evaluation" in line:
+            curves.evaluation.setdefault(line["evaluation"], []).append(line)
+        else:
+            curves.training.append(line)
+    return curves

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mesh_transformer.files import write_atomically
+from mesh_transformer.train.metrics import curves_of
 
 
 def plot_loss(
@@ -25,7 +26,8 @@ def plot_loss(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    training = [r for r in records if "validation" not in r]
+    curves = curves_of(records)
+    training = curves.training
     if not training:
         return
     steps = np.array([r["step"] for r in training])
@@ -34,8 +36,7 @@ def plot_loss(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot(steps, [r["loss"] for r in training], linewidth=0.8, alpha=0.7, label="training")
-    for name in sorted({r["validation"] for r in records if "validation" in r}):
-        points = [r for r in records if r.get("validation") == name]
+    for name, points in sorted(curves.validation.items()):
         axes.plot([r["step"] for r in points], [r["loss"] for r in points], marker="o", markersize=3, label=name)
     for i, (name, loss) in enumerate((baselines or {}).items()):
         axes.axhline(loss, linestyle="--", linewidth=1, color=f"0.{3 + 2 * i}", label=f"{name} {loss:.2f}")

@@ -12,6 +12,9 @@ from mesh_transformer.config.errors import ConfigError
 from mesh_transformer.config.load import to_toml
 from mesh_transformer.config.run import RunConfig
 from mesh_transformer.files import write_atomically
+from mesh_transformer.train.profile import PROFILE
+from mesh_transformer.train.recorder import TENSORBOARD
+from mesh_transformer.train.wandb import ID_FILE as WANDB_ID
 
 CHANGES_FILE = "changes.jsonl"
 
@@ -46,13 +49,15 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def clear(directory: RunDirectory) -> None:
     """Removes what a run writes, and nothing else that may lie there."""
-    if directory.checkpoints.exists():
-        shutil.rmtree(directory.checkpoints)
+    for tree in (directory.checkpoints, directory.path / TENSORBOARD, directory.path / PROFILE):
+        if tree.exists():
+            shutil.rmtree(tree)
     for path in (
         directory.metrics,
         directory.config,
         directory.loss_plot,
         directory.samples,
         directory.path / CHANGES_FILE,
+        directory.path / WANDB_ID,
     ):
         path.unlink(missing_ok=True)

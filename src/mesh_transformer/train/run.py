@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,28 @@ from mesh_transformer.config.errors import CheckpointError, RunError
 from mesh_transformer.config.load import to_toml
 from mesh_transformer.config.run import RunConfig
 from mesh_transformer.data.tokenizer import FILE_NAME as TOKENIZER_FILE
-from mesh_transformer.model.policy import default_policy
+from mesh_transformer.data.tokenizer import Tokenizer
+from mesh_transformer.model.policy import ComputePolicy, default_policy
 from mesh_transformer.processes import ONE, Processes, StopAgreement, Watchdog, check_same, version_facts
 from mesh_transformer.sharding.layout import Layout, describe, layout_for
-from mesh_transformer.train.beginning import Start, restored_or_random
-from mesh_transformer.train.data import Data, open_data, training_stream, validation_streams
-from mesh_transformer.train.init_from import InitFrom, first_state, open_model, origin
-from mesh_transformer.train.loop import Observer, Silence, StopRequest, compile_programs, train_loop
-from mesh_transformer.train.metrics import MetricsFile, StepMetrics, ValidationMetrics, read_metrics
+from mesh_transformer.train.beginning import Start, begun_from, restored_or_random
+from mesh_transformer.train.data import (
+    Data,
+    count_steps,
+    open_data,
+    separator_of,
+    training_stream,
+    validation_streams,
+)
+from mesh_transformer.train.init_from import InitFrom, open_model
+from mesh_transformer.train.loop import Evaluate, Observer, Silence, StopRequest, compile_programs, train_loop
+from mesh_transformer.train.lora import check_beginning, check_lora, lora_metadata
+from mesh_transformer.train.metrics import MetricsFile, read_metrics
 from mesh_transformer.train.plot import plot_loss
 from mesh_transformer.train.record import clear, record_configuration
-from mesh_transformer.train.state import TrainState
+from mesh_transformer.train.recorder import Recorder
+from mesh_transformer.train.state import TrainState, saved_state
+from mesh_transformer.train.tracking import check_tracking
 
 # Where a configuration does not say: seconds that a step of several processes may take before the run is given up.
 _STEP_TIMEOUT = 600.0
@@ -58,6 +69,13 @@ class _Place:
     processes: Processes
     directory: RunDirectory
     observer: Observer
+    separator: int | None
+    policy: ComputePolicy
+    evaluate: Evaluate | None
+
+
+# Makes ready what evaluates parameters during the run; `evaluate.in_loop` has one.
+MakeEvaluate = Callable[[RunConfig, ComputePolicy, Tokenizer | None, Layout], Evaluate]
 
 
 def train(
@@ -68,6 +86,7 @@ def train(
     init_from: InitFrom | None = None,
     processes: Processes = ONE,
     stop: StopRequest | None = None,
+    evaluate: MakeEvaluate | None = None,
 ) -> Result:
     """Trains to `run.train.steps`, going on from the newest intact checkpoint of the run directory.
 
@@ -77,6 +96,7 @@ def train(
         init_from: what to begin from in place of random parameters; of no effect while the run has a checkpoint.
         processes: that run this together, from `processes.join`.
         stop: what to look at after each step; by default what signals to this process set.
+        evaluate: makes ready the tasks of `run.evaluate`; where there are none, or no steps between, it is not called.
 
     Raises:
         UserError: mesh, data, run directory, checkpoint or model cannot be used; raised before anything is written.
@@ -87,10 +107,30 @@ def train(
         options = {"options": repr((new, init_from))}
         check_same(processes, {"configuration": to_toml(run), **options, **version_facts()})
     with processes.agree("data and mesh"):
+        check_tracking(run)
+        check_lora(run)
+        run = count_steps(run)
         layout = layout_for(run, n_processes=processes.count)
-        data = open_data(run)
+        data = open_data(run, observer.note)
+        separator = separator_of(run, data)
+        policy = default_policy(run.train.compute_dtype, run.train.remat)
+        ready = None
+        if run.evaluate.every:
+            if evaluate is None:
+                raise ValueError("run.evaluate has tasks, and nothing was given to evaluate them with")
+            ready = evaluate(run, policy, data.tokenizer, layout)
     directory = RunDirectory(run.run_directory)
-    place = _Place(run=run, data=data, layout=layout, processes=processes, directory=directory, observer=observer)
+    place = _Place(
+        run=run,
+        data=data,
+        layout=layout,
+        processes=processes,
+        directory=directory,
+        observer=observer,
+        separator=separator,
+        policy=policy,
+        evaluate=ready,
+    )
     with _lost_processes(processes):
         return _train_at(place, stop or StopRequest(), new=new, init_from=init_from)
 
@@ -101,6 +141,8 @@ def _train_at(place: _Place, stop: StopRequest, *, new: bool, init_from: InitFro
     source = None
     begins = _begins(place, new)
     with processes.agree("opening of the model"):
+        if begins:
+            check_beginning(run, init_from)
         if init_from and begins:
             source = open_model(run, init_from, note, new=new)
     with stop as request, contextlib.ExitStack() as stack:
@@ -111,7 +153,7 @@ def _train_at(place: _Place, stop: StopRequest, *, new: bool, init_from: InitFro
         if init_from and source and _begins(place, new):
             # Read before the earlier run is deleted: the model's files may prove damaged.
             with processes.agree("reading of the model"):
-                begun = Start(first_state(run, init_from, source, note, place.layout), origin=origin(source))
+                begun = begun_from(run, place.data, init_from, source, note, place.layout)
         del source  # its files are not needed again
         with processes.agree("clearing of the run directory"):
             if new and processes.is_first:
@@ -151,12 +193,13 @@ def _train_from(start: Start, place: _Place, store: CheckpointStore, request: St
         if jax.device_count() > 1:
             place.observer.note(describe(layout, jax.device_count()))
         place.observer.note("compiling")
-        policy = default_policy(run.train.compute_dtype, run.train.remat)
-        programs = compile_programs(run, start.state, policy, layout)
+        programs = compile_programs(run, start.state, place.policy, layout, place.separator)
         batches = stack.enter_context(contextlib.closing(training_stream(run, place.data, layout, start.position)))
-        metrics = None
+        metrics, observer = None, place.observer
         if processes.is_first:
             metrics = stack.enter_context(contextlib.closing(MetricsFile(place.directory.metrics)))
+            recorder = Recorder(run, place.directory, place.observer, metrics, start.checkpoint or 0)
+            observer = stack.enter_context(contextlib.closing(recorder))
         stack.enter_context(_error_of_the_save(store))
         agreement = StopAgreement(processes)
         processes.barrier("beginning of the steps", _COMPILING)  # nobody is timed for another's compiling
@@ -168,8 +211,9 @@ def _train_from(start: Start, place: _Place, store: CheckpointStore, request: St
             saved=start.checkpoint or 0,
             batches=batches,
             validation_sets=validation_streams(run, place.data, layout),
+            evaluate=place.evaluate,
             save=functools.partial(_save, run, place.data, store, metrics, start.origin),
-            observer=_Recorder(place.observer, metrics) if metrics else place.observer,
+            observer=observer,
             stop=lambda step: agreement.stop_after(step, request.signal),
             watchdog=stack.enter_context(Watchdog(processes, _step_timeout(run, processes))),
         )
@@ -224,7 +268,7 @@ def _save(
         metrics.sync()  # the lines up to this step are part of what a resume finds
     store.save(
         int(state.step),
-        state,
+        saved_state(state),
         metadata={
             "model": run.model.to_dict(),
             "position": position,
@@ -232,27 +276,10 @@ def _save(
             "data": data.record,
             "name": run.name,
             **({"init_from": began_from} if began_from is not None else {}),
+            **lora_metadata(run),
         },
         files={TOKENIZER_FILE: data.tokenizer.to_bytes()} if data.tokenizer else {},
     )
-
-
-class _Recorder:
-    """Passes on what happens, and writes metrics.jsonl."""
-
-    def __init__(self, observer: Observer, metrics: MetricsFile) -> None:
-        self._observer, self._metrics = observer, metrics
-
-    def note(self, text: str) -> None:
-        self._observer.note(text)
-
-    def step(self, metrics: StepMetrics) -> None:
-        self._metrics.write(metrics)
-        self._observer.step(metrics)
-
-    def validation(self, metrics: ValidationMetrics) -> None:
-        self._metrics.write(metrics)
-        self._observer.validation(metrics)
 
 
 def has_run(path: Path) -> bool:
