@@ -28,8 +28,8 @@ from mesh_transformer.data.tokenizer import Tokenizer, from_bytes, load_tokenize
 from mesh_transformer.engine.engine import Engine
 from mesh_transformer.engine.generator import Generator
 from mesh_transformer.engine.programs import Programs
+from mesh_transformer.engine.scoring import log_likelihood
 from mesh_transformer.engine.service import EngineService
-from mesh_transformer.evaluate.scoring import log_likelihood
 from mesh_transformer.model.decoder import features, forward
 from mesh_transformer.model.params import map_table
 from mesh_transformer.model.policy import ComputePolicy, default_policy, for_inference

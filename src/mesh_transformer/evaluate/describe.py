@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+from mesh_transformer.checkpoint.lora import LoraWeights
 from mesh_transformer.checkpoint.names import count_in_shards
 from mesh_transformer.checkpoint.weights import Weights, stored_bytes, whole_shape
 from mesh_transformer.config.errors import ConfigError
@@ -35,6 +36,8 @@ def describe(weights: Weights) -> dict[str, Any]:
             "schedule_count": weights.counters.schedule,
             "bytes": stored_bytes(weights, ("mu", "nu")),
         }
+    if isinstance(weights, LoraWeights):
+        facts["adapter"] = weights.describe()
     if weights.extras:
         facts["recorded"] = dict(weights.extras)
     facts["tensors"] = {

@@ -9,7 +9,7 @@ import pytest
 
 from mesh_transformer.config.errors import UserError
 from mesh_transformer.config.model import ModelConfig
-from mesh_transformer.evaluate.scoring import log_likelihood
+from mesh_transformer.engine.scoring import log_likelihood
 from mesh_transformer.model.decoder import forward
 from mesh_transformer.model.params import abstract_params
 from mesh_transformer.model.policy import ComputePolicy
