@@ -16,7 +16,8 @@ install_import_hook(
 )
 
 
-# Files that take longest begin first, so that none is left to one process at the end.
+# Files that take longest begin first, so that none is left to one process at the end; before them those whose programs
+# are compiled otherwise, so that each process changes over once.
 _LONGEST = (
     "test_run_of_many.py", "test_documents.py", "test_kill_and_resume.py", "test_generate.py", "test_commands.py",
     "test_invariance.py", "test_sampling_in_engine.py", "test_real_server.py", "test_bad_input.py", "test_demo.py",
@@ -26,10 +27,30 @@ _LONGEST = (
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Peers and long counts run only when asked for with -m."""
-    items.sort(key=lambda item: item.path.name not in _LONGEST)
+    items.sort(key=lambda item: (item.path.name not in _COMPILED_AS_FOR_USERS, item.path.name not in _LONGEST))
     if config.getoption("-m"):
         return
     for item in items:
         for tier in ("peers", "long"):
             if item.get_closest_marker(tier):
                 item.add_marker(pytest.mark.skip(reason=f"run with: make test-{tier}"))
+
+
+# Files that ask something of the compiled programs themselves, or are the last word on numbers: their programs are
+# compiled as users have them. All others, within `make test`, are compiled in half the time, without optimisation.
+_COMPILED_AS_FOR_USERS = (
+    "test_golden.py", "test_golden_layouts.py", "test_collectives.py", "test_memory.py", "test_narrow_weights.py",
+    "test_invariance.py", "test_compiles_nothing.py", "test_lora_step.py",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_quickly(request: pytest.FixtureRequest) -> None:
+    """Chooses; the full counts and the comparisons with peers are always computed by programs as users have them."""
+    tiers = request.config.getoption("-m").split(" and ")
+    quickly = request.path.name not in _COMPILED_AS_FOR_USERS and not {"peers", "long"} & set(tiers)
+    import jax
+
+    if jax.config.read("jax_disable_most_optimizations") != quickly:
+        jax.config.update("jax_disable_most_optimizations", quickly)
+        jax.clear_caches()  # of what was compiled the other way

@@ -58,7 +58,7 @@ def generate(command: Any, place: Any, *arguments: object) -> list[dict[str, Any
 
 
 def test_prepare_says_what_it_made(place: Any) -> None:
-    first, sequences, held_out, dropped = place.prepared.out.splitlines()
+    first, sequences, held_out, dropped, *_ = place.prepared.out.splitlines()
     text = (place.path / "text.txt").read_text()
     n_tokens = len(text.replace("<|endoftext|>", "")) + 300  # bytes, and an end after each of 300 documents
     assert first == f"300 documents, {n_tokens:,} tokens"
@@ -88,7 +88,7 @@ def test_prepare_overwrites_only_when_told(command: Any, place: Any, tmp_path: P
 
 def test_a_run_directory_holds_what_it_should(place: Any) -> None:
     found = {p.name for p in place.run.iterdir()}
-    assert found == {"config.toml", "metrics.jsonl", "checkpoints", "loss.png", ".lock"}
+    assert found == {"config.toml", "metrics.jsonl", "checkpoints", "loss.png", ".lock", "tensorboard"}
     assert sorted(p.name for p in (place.run / "checkpoints").iterdir()) == ["2", "4"]
     resolved = tomllib.loads((place.run / "config.toml").read_text())
     assert resolved["model"]["n_layers"] == 2 and resolved["data"]["train"] == str(place.index)

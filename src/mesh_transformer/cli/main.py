@@ -11,7 +11,20 @@ from typing import NoReturn
 
 import typer
 
-from mesh_transformer.cli import bench, convert, demo, generate, inspect, launch, prepare, serve, tpu, train
+from mesh_transformer.cli import (
+    bench,
+    convert,
+    demo,
+    evaluate,
+    generate,
+    inspect,
+    launch,
+    prepare,
+    report,
+    serve,
+    tpu,
+    train,
+)
 from mesh_transformer.config.errors import MeshTransformerError
 
 # A path where something else stands in the way, or that may not be used.
@@ -32,8 +45,10 @@ app.command("train")(train.train)
 app.command("launch")(launch.launch)
 app.command("generate")(generate.generate)
 app.command("serve")(serve.serve)
+app.command("evaluate", context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(evaluate.evaluate)
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
+app.command("report")(report.report)
 app.add_typer(bench.app, name="bench")
 app.add_typer(tpu.app, name="tpu")
 
