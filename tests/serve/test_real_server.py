@@ -173,7 +173,8 @@ def test_a_vanished_client_frees_its_slot(real: RealServer) -> None:
     # Much more than could be written before the client has gone.
     body = {"prompt": "a", "max_tokens": 900, "n": 128, "ignore_eos": True, "stream": True}
     with real.http.stream("POST", "/v1/completions", json=body) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # kept: the connection goes with it
+        next(lines)
         real.wait_for_figure("slots_used", 2)  # between the ends of two texts and the next two it is 0
     real.wait_for_figure("slots_used", 0)
     # Freed, and not finished.
