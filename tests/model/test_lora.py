@@ -61,7 +61,7 @@ def relative(a: Any, b: Any) -> float:
     return float(np.abs(wide[0] - wide[1]).max() / np.abs(wide[1]).max())
 
 
-@pytest.mark.parametrize("cfg", [V1, V2], ids=["v1", "v2"])
+@pytest.mark.parametrize("cfg", [V1, pytest.param(V2, marks=pytest.mark.long)], ids=["v1", "v2"])
 def test_loss_and_gradients_are_those_of_the_merged_matrices(cfg: ModelConfig) -> None:
     params, adapter = params_of(cfg), adapter_of(cfg)
 

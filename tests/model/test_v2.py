@@ -124,7 +124,7 @@ def test_the_comparison_sees_a_mistake(mistake: Callable[..., None], arrays, par
 # --------------------------------------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize("kind", ["legacy", "log_partition"])
+@pytest.mark.parametrize("kind", ["legacy", pytest.param("log_partition", marks=pytest.mark.long)])
 def test_gradients_equal_finite_differences_of_the_reference(kind: Any, arrays, params) -> None:
     """Along a step in every fused array; the maximum in the z term moves with the logits, as v2's does."""
     run = lambda p, rows: loss_report(p, rows, CFG, PLAIN, z_loss=0.05, z_loss_kind=kind).total  # noqa: E731

@@ -46,7 +46,7 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("name", [*MESHES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if "fsdp" in n else n for n in MESHES])
 def test_a_mesh_against_numpy(name: str) -> None:
     matrices = {n for n, spec in named_specs(MODEL).items() if is_multiplied(spec)}
     parts, micro = MESHES[name]

@@ -31,6 +31,7 @@ def test_the_trace_is_of_the_steps_asked_for(tmp_path: Path, toy: Toy, quick_com
     assert executed
 
 
+@pytest.mark.long
 def test_a_run_that_is_stopped_leaves_what_there_was(tmp_path: Path, toy: Toy, quick_compile: None) -> None:
     run, listener = toy.run(tmp_path / "run"), Listener(on_step={4: terminate})
     with Profiler(listener, tmp_path / "profile", 100) as profiler:
