@@ -15,11 +15,12 @@ from evaluate_cases import benchmark, compiled_quickly
 import mesh_transformer as mt
 from mesh_transformer.config.errors import UserError
 from mesh_transformer.config.tuning import EvaluateConfig
-from mesh_transformer.evaluate.in_loop import TrainingEvaluation, metrics_lines
+from mesh_transformer.evaluate.in_loop import TrainingEvaluation
 from mesh_transformer.model.params import map_table
 from mesh_transformer.sharding.layout import Layout
 from mesh_transformer.sharding.mesh import Sizes, make_mesh
 from mesh_transformer.sharding.rules import rules_for
+from mesh_transformer.train.metrics import EvaluationMetrics, fields_of
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 N = 40
@@ -79,7 +80,7 @@ def test_again_and_again(model: mt.Model, tasks: Path, expected: dict[str, float
     assert evaluate(model.params) == first
     # A training's own random numbers are not touched.
     assert random.getstate() == state and np.random.get_state()[1].tolist() == numpy_state
-    lines = metrics_lines(7, first)
+    lines = [fields_of(EvaluationMetrics(step=7, evaluation=task, metrics=found)) for task, found in first.items()]
     assert [line["evaluation"] for line in lines] == list(NAMES) and {line["step"] for line in lines} == {7}
     assert lines[0]["acc"] == first["choosing"]["acc"] and all(
         isinstance(v, float | int | str) for v in lines[0].values()

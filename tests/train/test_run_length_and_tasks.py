@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from run_cases import MODEL, Listener, T, Toy, state_of
 
-from mesh_transformer.config.errors import DataError
+from mesh_transformer.config.errors import DataError, RunError
 from mesh_transformer.config.load import load_run_config
 from mesh_transformer.config.run import RunConfig, TrainConfig
 from mesh_transformer.config.tuning import EvaluateConfig
@@ -104,3 +104,10 @@ def test_documents_are_kept_apart_at_the_end_of_text(tmp_path: Path, toy: Toy) -
         train(toy.run(tmp_path / name, model=bytes_model, steps=1, validate_every=1, data=data), listener)
         losses.append((listener.steps[0].loss, listener.validations[0].loss))
     assert all(abs(a - b) > 1e-6 for a, b in zip(*losses, strict=True)), losses
+
+
+def test_a_validation_set_of_which_nothing_is_learned(tmp_path: Path, toy: Toy) -> None:
+    where = str(toy.write("unlearned.tfrecords", ~np.random.default_rng(7).integers(0, 64, (8, T + 1))))
+    run = toy.run(tmp_path / "run", steps=1, validate_every=1, data={"validation": {"prompts": where}})
+    with pytest.raises(RunError, match="validation set 'prompts': no token of what is read of it is learned"):
+        train(run, Listener())

@@ -85,7 +85,7 @@ def evaluate(
 ) -> None:
     """Score a model on tasks of lm-evaluation-harness, and on a text file."""
     _refuse(model, context.args)
-    from mesh_transformer.cli.session import start_session
+    from mesh_transformer.cli.session import open_model, start_session
     from mesh_transformer.config.errors import UserError
 
     if not tasks and text is None:
@@ -106,8 +106,6 @@ def evaluate(
     words = _read(text) if text is not None else None
     n_rows = _batch_size(batch_size)
     start_session()
-    from mesh_transformer.api import load
-    from mesh_transformer.cli.console import StageDisplay
 
     found, options = None, None
     if tasks:  # before the model, which may be big
@@ -128,17 +126,7 @@ def evaluate(
         names = [name for each in tasks for name in each.replace(",", " ").split()]
         where = str(include_path) if include_path else None
         found = load_tasks(names, include_path=where, num_fewshot=num_fewshot)
-    with StageDisplay(in_bytes=True) as display:
-        opened = load(
-            model,
-            dtype=dtype,
-            tokenizer=tokenizer,
-            step=step,
-            config=config,
-            mesh=mesh,
-            quantize=quantize,
-            progress=display.progress,
-        )
+    opened = open_model(model, dtype=dtype, tokenizer=tokenizer, step=step, config=config, mesh=mesh, quantize=quantize)
     results: dict[str, Any] = {}
     if found is not None and options is not None:
         results = _run_tasks(opened, found, options, legacy_prompts, n_rows)

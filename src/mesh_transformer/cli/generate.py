@@ -39,11 +39,9 @@ def generate(
     config: model_options.Config = None,
 ) -> None:
     """Write with a model. Without a prompt, on a terminal, an interactive session."""
-    from mesh_transformer.cli.session import start_session
+    from mesh_transformer.cli.session import open_model, start_session
 
     start_session()
-    from mesh_transformer.api import load
-    from mesh_transformer.cli.console import StageDisplay
     from mesh_transformer.config.errors import UserError
     from mesh_transformer.sample.options import SamplingOptions
 
@@ -62,17 +60,7 @@ def generate(
         raise UserError("no prompt: give --prompt TEXT or --prompt-file FILE, or run on a terminal to be asked for it")
     if stream and (len(prompts) != 1 or samples != 1 or json_):
         raise UserError("--stream writes one completion as text: give one prompt, and neither --samples nor --json")
-    with StageDisplay(in_bytes=True) as display:
-        opened = load(
-            model,
-            dtype=dtype,
-            tokenizer=tokenizer,
-            step=step,
-            config=config,
-            mesh=mesh,
-            quantize=quantize,
-            progress=display.progress,
-        )
+    opened = open_model(model, dtype=dtype, tokenizer=tokenizer, step=step, config=config, mesh=mesh, quantize=quantize)
     if not prompts:
         _interactive(opened, options)
     elif stream:

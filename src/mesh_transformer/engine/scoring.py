@@ -17,13 +17,13 @@ from mesh_transformer.config.errors import UserError
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.engine.packing import Pack, Pair, batches, pack
 from mesh_transformer.model import layers
-from mesh_transformer.model.decoder import Where, gather, run_blocks, unembed
+from mesh_transformer.model.decoder import Where, embed, gather, run_blocks, unembed
 from mesh_transformer.model.loss import score_logits
 from mesh_transformer.model.params import param_table
 from mesh_transformer.model.policy import ComputePolicy
 from mesh_transformer.shapes import Array, Float, Int, Params
 from mesh_transformer.sharding.layout import ONE_DEVICE_LAYOUT, Layout, place_array
-from mesh_transformer.sharding.rules import ONE_DEVICE, STREAM, Rules
+from mesh_transformer.sharding.rules import ONE_DEVICE, Rules
 
 # Tokens that a program reads, and tokens whose logits exist, at one time.
 _TOKENS_AT_ONCE = 4096
@@ -179,14 +179,9 @@ def read_trees(
 ) -> Float[Array, "batch seq embed"]:
     """The residual stream after the last block of rows that are trees: ids, positions and `ends` (`engine.packing`)."""
     tokens, positions, ends = rows[:, 0], rows[:, 1], rows[:, 2]
-    table = param_table(cfg)
-    embed = gather(params["embed"], table["embed"], rules)
-    x = layers.embed_tokens(embed["tokens"], tokens, policy, rules) + embed["bias"].astype(jnp.float32)
-    if cfg.position == "fixed":
-        there = rules.use(("batch", "seq", "embed"))
-        x = x + embed["positions"].at[positions].get(mode="clip", out_sharding=there).astype(jnp.float32)
+    x = embed(params, tokens, positions, cfg, policy, rules)
     where = _locate(params, positions, ends, cfg, rules)
-    x, _ = run_blocks(params["layers"], rules.place(x, STREAM), where, None, cfg, policy, rules)
+    x, _ = run_blocks(params["layers"], x, where, None, cfg, policy, rules)
     return rules.place(x, ("batch", "seq", "embed"))
 
 

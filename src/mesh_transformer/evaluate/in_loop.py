@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 
@@ -90,11 +88,6 @@ class TrainingEvaluation:
             model.with_params({})  # so that parameters which training goes on from are not kept
         assert found is not None
         return plain_metrics(found)
-
-
-def metrics_lines(step: int, results: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
-    """The lines for metrics.jsonl: {"step", "evaluation": TASK, METRIC: value, ...}, one for each task."""
-    return [{"step": step, "evaluation": task, **metrics} for task, metrics in results.items()]
 
 
 def evaluation_of(

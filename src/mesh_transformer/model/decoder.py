@@ -81,13 +81,8 @@ def hidden(
     first = jnp.zeros((1,), jnp.int32) if start is None else start
     positions = first[:, None] + jnp.arange(seq, dtype=jnp.int32)[None, :]
     documents = None if separator is None else jnp.cumsum(tokens == separator, axis=1, dtype=jnp.int32)
-    embed = gather(params["embed"], param_table(cfg)["embed"], rules)
-    x = layers.embed_tokens(embed["tokens"], tokens, policy, rules) + embed["bias"].astype(jnp.float32)
-    if cfg.position == "fixed":
-        own = positions if documents is None else positions - jax.lax.cummax(_begins(documents) * positions, axis=1)
-        there = rules.use((None if own.shape[0] == 1 else "batch", "seq", "embed"))
-        x = x + embed["positions"].at[own].get(mode="clip", out_sharding=there).astype(jnp.float32)
-    x = rules.place(x, STREAM)
+    own = positions if documents is None else positions - jax.lax.cummax(_begins(documents) * positions, axis=1)
+    x = embed(params, tokens, own, cfg, policy, rules)
     where = locate(params, positions, cache, pages, cfg, rules)
     if documents is not None:
         assert cache is None and rules.n_stages == 1 and where.bias is not None
@@ -98,6 +93,23 @@ def hidden(
     assert cache is None, "a pipeline has no cache"
     stage = lambda stacked, x: run_blocks(stacked, x, where, None, cfg, policy, rules)[0]  # noqa: E731
     return run_stages(stage, params["layers"], x, rules), None
+
+
+def embed(
+    params: Params,
+    tokens: Int[Array, "batch seq"],
+    positions: Int[Array, "#batch seq"],
+    cfg: ModelConfig,
+    policy: ComputePolicy,
+    rules: Rules,
+) -> Float[Array, "batch seq embed"]:
+    """The stream before the first block; `positions` count only where the model has a table of them."""
+    table = gather(params["embed"], param_table(cfg)["embed"], rules)
+    x = layers.embed_tokens(table["tokens"], tokens, policy, rules) + table["bias"].astype(jnp.float32)
+    if cfg.position == "fixed":
+        there = rules.use((None if positions.shape[0] == 1 else "batch", "seq", "embed"))
+        x = x + table["positions"].at[positions].get(mode="clip", out_sharding=there).astype(jnp.float32)
+    return rules.place(x, STREAM)
 
 
 def _begins(documents: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:

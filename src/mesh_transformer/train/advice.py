@@ -6,7 +6,7 @@ from mesh_transformer.config.run import RunConfig
 
 # The original's guide, for all parameters.
 _FULL_RATE = (1e-5, 5e-5)
-# Ten times as much: what Hu et al. 2021 (table 11: 2e-4) and later work found good whatever the size of the model. B
+# Ten times as much, and around the 2e-4 of Hu et al. 2021. B
 # begins at zero, and a step of Adam in A and B changes the product by less than the same step in the matrix would.
 _LORA_RATE = (1e-4, 5e-4)
 _END = (5, 10)  # parts of the peak

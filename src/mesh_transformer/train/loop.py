@@ -238,7 +238,12 @@ def validate(
     for name, batches in validation_sets.items():
         found = [tuple(map(float, jax.device_get(programs.validate(params, rows)))) for rows in batches()]
         losses, counts = np.array(found).T
-        yield validation_metrics(step, name, float(np.average(losses, weights=np.maximum(counts, 1e-9))))
+        if not counts.any():
+            raise RunError(
+                f"validation set {name!r}: no token of what is read of it is learned, so it has no loss\n"
+                "raise train.validation_batches, or take the set out of data.validation"
+            )
+        yield validation_metrics(step, name, float(np.average(losses, weights=counts)))
 
 
 def _due(step: int, every: int, last: bool) -> bool:
