@@ -67,6 +67,96 @@ def test_a_file_a_glob_and_a_directory(data: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
+        ("a_4.tfrecords\nnone.tfrecords\n", r"list, line 2 names 'none\.tfrecords'"),
+        ("\n\n", "names no files"),
+        (
+            '{"text": "' + 200 * "x" + '"}',
+            r"line 1 names .{60,100}x\.\.\.', which does not exist.*`mesh-transformer prepare`",
+        ),
+        ("\xff\xfe", "byte 0 is not UTF-8"),
+    ],
+)
+def test_bad_indexes(data: Path, content: str, says: str) -> None:
+    (data / "list").write_bytes(content.encode("latin-1"))
+    with pytest.raises(DataError, match=says):
+        resolve_data(str(data / "list"))
+
+
+def test_nothing_there(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for spec, says in (
+        (data / "none.index", "does not exist"),
+        (data / "*.none", "no file matches"),
+        (tmp_path / "empty", "without .tfrecords"),
+    ):
+        with pytest.raises(DataError, match=says):
+            resolve_data(str(spec))
+    with pytest.raises(DataError, match="is empty: no records in 1 files"):
+        open_source(str(data / "b_0.tfrecords"), sequence_length=T, n_vocab=100)
+
+
+def test_every_sequence_in_file_order_from_many_threads(data: Path) -> None:
+    source = open_source(str(data / "all.index"), sequence_length=T, n_vocab=100)
+    assert len(source) == 7
+    got: dict[int, np.ndarray] = {}
+
+    def read(indices: range) -> None:
+        for i in indices:
+            got[i] = source[i]
+
+    threads = [threading.Thread(target=read, args=(range(i, 7, 3),)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    np.testing.assert_array_equal(np.stack([got[i] for i in range(7)]), rows(0, 7))
+    assert got[0].dtype == np.int32
+    for outside in (-1, 7):
+        with pytest.raises(IndexError):
+            source[outside]
+
+
+def test_wrong_length_says_both_numbers(data: Path) -> None:
+    with pytest.raises(DataError, match=r"a_4\.tfrecords, record 0 has 9 ids, but sequence_length 16 needs 17"):
+        open_source(str(data / "all.index"), sequence_length=16, n_vocab=100)
+    # Only the first record is read at open; a later one is found out when it is read.
+    write_records(data / "mixed.tfrecords", [*rows(0, 2), np.arange(5)])
+    source = open_source(str(data / "mixed.tfrecords"), sequence_length=T, n_vocab=100)
+    with pytest.raises(DataError, match=r"mixed\.tfrecords, record 2 has 5 ids.*needs 9; .* of unequal length"):
+        source[2]
+    write_records(data / "short.tfrecords", [np.arange(5)])
+    (data / "unequal.index").write_text("a_4.tfrecords\nshort.tfrecords\n")
+    with pytest.raises(
+        DataError, match=r"short\.tfrecords, record 0 has 5 ids.*a_4\.tfrecords before it has so many"
+    ) as e:
+        open_source(str(data / "unequal.index"), sequence_length=T, n_vocab=100)
+    assert "set data.sequence_length" not in str(e.value)
+
+
+def test_ids_that_are_not_learned_come_as_they_were_written(data: Path) -> None:
+    marked = rows(0, 3)
+    marked[1, :4] = ~marked[1, :4]
+    marked[2] = ~marked[2]
+    write_records(data / "marked.tfrecords", marked)
+    source = open_source(str(data / "marked.tfrecords"), sequence_length=T, n_vocab=27)
+    np.testing.assert_array_equal(source.read_many([2, 0, 1]), marked[[2, 0, 1]])
+
+
+def test_a_file_named_twice_is_read_twice_and_said(data: Path) -> None:
+    (data / "twice.index").write_text("a_4.tfrecords\nc_3.tfrecords\n\na_4.tfrecords\n")
+    notes: list[str] = []
+    source = open_source(str(data / "twice.index"), sequence_length=T, n_vocab=100, note=notes.append)
+    assert len(source) == 4 + 3 + 4
+    np.testing.assert_array_equal(source[7], rows(0, 1)[0])
+    assert len(notes) == 1
+    assert "a_4.tfrecords (2 times)" in notes[0]
+    open_source(str(data / "all.index"), sequence_length=T, n_vocab=100, note=notes.append)
+    assert len(notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
         pytest.param(b'{"text": "a line of JSON, and no record"}\n', "begins like text", id="text"),
         pytest.param(gzip.compress(b"x" * 100), "begins like gzip", id="gzip"),
         pytest.param(b"PAR1" + bytes(100), "begins like parquet", id="parquet"),
