@@ -7,7 +7,10 @@ FROM python:${PYTHON}-slim-bookworm AS build
 ARG EXTRAS=serve
 WORKDIR /source
 RUN python -m venv /opt/mesh-transformer
-COPY constraints.txt pyproject.toml README.md LICENSE ./
+# The native extension needs a compiler to be built, and nothing to run.
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+COPY constraints.txt pyproject.toml CMakeLists.txt README.md LICENSE ./
+COPY third_party third_party
 COPY src src
 # The versions that the tests were run with. What `cuda12` and `cuda13` bring beyond them follows from the pinned jax.
 RUN --mount=type=cache,target=/root/.cache/pip \

@@ -8,7 +8,7 @@ TEST_ARGS ?=
 TEST_WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-peers test-long lint clean
+.PHONY: demo test test-peers test-long lint sanitize clean
 
 # One stamp for each set of extras, made again when what is to be installed changes.
 $(VENV)/base.stamp: pyproject.toml constraints.txt
@@ -52,5 +52,11 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The native extension's kernels under AddressSanitizer and UndefinedBehaviorSanitizer; needs cmake and a C++ compiler.
+sanitize:
+	cmake -S . -B build/sanitize -DMESH_TRANSFORMER_SANITIZE=ON -DCMAKE_BUILD_TYPE=Debug
+	cmake --build build/sanitize --parallel 2
+	build/sanitize/native_sanitize
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build

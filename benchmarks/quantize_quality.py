@@ -1,13 +1,13 @@
-"""What narrower weights cost in quality: one text scored in float32, in bfloat16 and with int8 weights.
+"""What narrower weights cost in quality: one text scored in float32, in bfloat16 and with int8 and int4 weights.
 
     python benchmarks/quantize_quality.py MODEL DATA [--rows N] [--output FILE]
 
 DATA is a text file, or records as `prepare` makes them (an index, a .tfrecords file, a glob, a directory). It is cut
 into rows of the model's context; every token of a row but its first is predicted from those before it in the row.
-Prints a table: nats a token, bits a byte of the text that the tokens spell (end-of-text spells nothing), and beside
-float32 the share of positions with the same likeliest token, the mean Kullback-Leibler divergence in nats, and the mean
-and largest difference of logits. "bfloat16" rounds the factors of products too, not the weights alone. All the models
-are in memory at once.
+Prints a table: nats a token, their exponential (perplexity), and beside float32 the share of positions with the same
+likeliest token, the mean Kullback-Leibler divergence in nats, and the mean and largest difference of logits; the JSON
+has bits a byte too, of the text that the tokens spell (end-of-text spells nothing). "bfloat16" rounds the factors of
+products too, not the weights alone; int4 is computed in float32. All the models are in memory at once.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ HOW: dict[str, dict[str, str]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "int8, float32 arithmetic": {"dtype": "float32", "quantize": "int8"},
     "int8, bfloat16 arithmetic": {"dtype": "bfloat16", "quantize": "int8"},
+    "int4": {"dtype": "float32", "quantize": "int4"},
+    "int4-128": {"dtype": "float32", "quantize": "int4-128"},
 }
 
 
@@ -106,13 +108,13 @@ def figures(models: dict[str, Any], rows: np.ndarray) -> tuple[int, dict[str, di
 
 def show(table: dict[str, dict[str, float]]) -> None:
     """The table in Markdown."""
-    print("| weights | MB | nats a token | more | bits a byte | same likeliest token | divergence, nats |", end="")
+    print("| weights | MB | nats a token | more | perplexity | same likeliest token | divergence, nats |", end="")
     print(" logits differ: mean | largest |")
     print("| --- " * 9 + "|")
     for name, found in table.items():
         print(
             f"| {name} | {found['parameter_bytes'] / 1e6:.1f} | {found['nats_per_token']:.4f} "
-            f"| {found['more_nats_per_token']:+.5f} | {found['bits_per_byte']:.4f} "
+            f"| {found['more_nats_per_token']:+.5f} | {math.exp(found['nats_per_token']):.2f} "
             f"| {found['same_likeliest_token']:.2%} | {found['mean_divergence_nats']:.1e} "
             f"| {found['mean_logit_difference']:.4f} | {found['largest_logit_difference']:.3f} |"
         )

@@ -8,6 +8,8 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 import pytest
 from jaxtyping import install_import_hook
 
+from quickly import compile_quickly
+
 # train.state is left out: JAX rebuilds its dataclass with descriptions in place of arrays when it lowers a program.
 install_import_hook(
     ["mesh_transformer.model", "mesh_transformer.train.step", "mesh_transformer.train.optimizer"]
@@ -37,10 +39,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 # Files that ask something of the compiled programs themselves, or are the last word on numbers: their programs are
-# compiled as users have them. All others, within `make test`, are compiled in half the time, without optimisation.
+# compiled as users have them. All others, within `make test`, are compiled in a third of the time: `quickly`.
 _COMPILED_AS_FOR_USERS = (
     "test_golden.py", "test_golden_layouts.py", "test_collectives.py", "test_memory.py", "test_narrow_weights.py",
-    "test_invariance.py", "test_compiles_nothing.py", "test_lora_step.py",
+    "test_invariance.py", "test_compiles_nothing.py", "test_lora_step.py", "test_native_programs.py",
+    "test_fast_kernels.py",
 )  # fmt: skip
 
 
@@ -48,9 +51,4 @@ _COMPILED_AS_FOR_USERS = (
 def compiled_quickly(request: pytest.FixtureRequest) -> None:
     """Chooses; the full counts and the comparisons with peers are always computed by programs as users have them."""
     tiers = request.config.getoption("-m").split(" and ")
-    quickly = request.path.name not in _COMPILED_AS_FOR_USERS and not {"peers", "long"} & set(tiers)
-    import jax
-
-    if jax.config.read("jax_disable_most_optimizations") != quickly:
-        jax.config.update("jax_disable_most_optimizations", quickly)
-        jax.clear_caches()  # of what was compiled the other way
+    compile_quickly(request.path.name not in _COMPILED_AS_FOR_USERS and not {"peers", "long"} & set(tiers))

@@ -12,6 +12,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import quickly
+
 HERE = Path(__file__).parent
 
 
@@ -40,8 +42,8 @@ def environment(index: int | None, count: int, port: int, devices: int, **more: 
     }
     return (
         kept
-        | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiled in half the time; no test here is about speed
+        | {"JAX_PLATFORMS": "cpu"}
+        | quickly.variables(f"--xla_force_host_platform_device_count={devices}")  # no test here is about speed
         | {"PYTHONPATH": str(HERE), "MESH_TRANSFORMER_JOIN_TIMEOUT": "60"}
         | (place if index is not None else {})
         | more

@@ -16,8 +16,8 @@ import numpy as np
 
 from mesh_transformer.checkpoint.convert import TARGETS, Conversion, Progress, convert
 from mesh_transformer.checkpoint.models import open_weights
-from mesh_transformer.checkpoint.quantized import assemble_int8
-from mesh_transformer.checkpoint.weights import TOKENIZER_FILE, InMemory, Weights, assemble, stored_bytes
+from mesh_transformer.checkpoint.quantized import assemble_as
+from mesh_transformer.checkpoint.weights import TOKENIZER_FILE, InMemory, Weights, stored_bytes
 from mesh_transformer.compat import give_memory_back
 from mesh_transformer.config.dtypes import dtype_name
 from mesh_transformer.config.errors import UserError
@@ -33,10 +33,10 @@ from mesh_transformer.engine.service import EngineService
 from mesh_transformer.model.decoder import features, forward
 from mesh_transformer.model.params import map_table
 from mesh_transformer.model.policy import ComputePolicy, default_policy, for_inference
-from mesh_transformer.model.quantize import check_quantize, is_quantized, map_arrays
+from mesh_transformer.model.quantize import check_layout, check_quantize, is_quantized, map_arrays
 from mesh_transformer.sample.options import Completion, Piece, SamplingOptions
 from mesh_transformer.shapes import Params
-from mesh_transformer.sharding.layout import ONE_DEVICE_LAYOUT, Layout, inference_layout
+from mesh_transformer.sharding.layout import ONE_DEVICE_LAYOUT, Layout, inference_layout, place_array
 from mesh_transformer.sharding.rules import Axes
 
 Prompt = str | Sequence[int]
@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a model came from. format: "native", "huggingface", "legacy" or "legacy-v2"; step: None if not recorded."""
+    """Where a model came from. format: as `checkpoint.weights.Format` has it; step: None if not recorded."""
 
     path: Path
     format: str
@@ -60,6 +60,7 @@ def load(
     step: int | None = None,
     config: str | None = None,
     mesh: MeshConfig | str | None = None,
+    together: bool = False,
     quantize: str | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Model:
@@ -74,15 +75,19 @@ def load(
         config: the configuration of an original checkpoint that has none beside it.
         mesh: devices to lay the model over, as "data=2,tensor=4": rows of a batch over data, heads, feed-forward and
             vocabulary over tensor; by default the first device alone.
-        quantize: "int8" holds the matrices of products in 8 bits with a scale for every output channel; `dtype` then
-            is that of everything else and of the arithmetic. Such a model computes and writes; it cannot be saved.
+        together: lay the model over the devices of all processes that `jax.distributed` knows, rows over all of them
+            unless `mesh` says otherwise. All must call this, and compute the same with it.
+        quantize: "int8" holds the matrices of products in 8 bits with a scale for every output channel, "int4" and
+            "int4-128" in 4 with a scale for every 32 or 128 weights; `dtype` then is that of everything else and of the
+            arithmetic. Such a model computes and writes; it cannot be saved. A model that was converted so needs no
+            word of it.
         progress: called with a stage, the bytes done and those of the whole stage.
 
     Raises:
         CheckpointError: there is no model, or it is damaged; the message names the file.
         ConfigError: `config` cannot be used, or `mesh` does not divide the model or the devices.
         DataError: the tokenizer cannot be read or has more ids than the model.
-        UserError: `quantize` is not known.
+        UserError: `quantize` is not known, or the model is stored quantised in another way.
     """
     dtype = dtype_name(dtype) if dtype is not None else None
     check_quantize(quantize)
@@ -90,8 +95,9 @@ def load(
     chosen = tokenizer_of(weights, tokenizer)
     source = Source(weights.where, weights.format, weights.step)
     layout = ONE_DEVICE_LAYOUT
-    if mesh is not None:
-        layout = inference_layout(mesh_from_text(mesh) if isinstance(mesh, str) else mesh, weights.cfg)
+    if mesh is not None or together:
+        asked = mesh_from_text(mesh) if isinstance(mesh, str) else mesh or MeshConfig()
+        layout = inference_layout(asked, weights.cfg, together=together)
     params = _on_devices(weights, dtype, quantize, layout, progress)
     return Model(weights.cfg, params, chosen, default_policy(dtype), source, layout)
 
@@ -126,10 +132,13 @@ def _on_devices(
         progress("loading", done, total)
 
     def place(a: np.ndarray, axes: Axes) -> jax.Array:
-        return jax.device_put(a, layout.sharding(layout.rules.param(axes)), may_alias=True)
+        sharding = layout.sharding(layout.rules.param(axes))
+        if not sharding.is_fully_addressable:
+            return place_array(a, sharding)
+        return jax.device_put(a, sharding, may_alias=True)
 
-    read = assemble_int8 if quantize else assemble
-    params = read(weights, jnp.dtype(dtype) if dtype else None, progress=count)
+    params = assemble_as(weights, quantize, jnp.dtype(dtype) if dtype else None, count)
+    check_layout(params, weights.cfg, layout)
     placed = map_table(functools.partial(map_arrays, place), weights.cfg, params)
     del params
     give_memory_back()  # what reading ahead took
@@ -149,7 +158,7 @@ class Model:
         layout: Layout = ONE_DEVICE_LAYOUT,
     ) -> None:
         self.config, self.params, self.tokenizer, self.layout = config, params, tokenizer, layout
-        self.policy = for_inference(policy or default_policy(), params)
+        self.policy = for_inference(policy or default_policy(), params, one_device=layout.mesh is None)
         self.source = source
         how: dict[str, Any] = {"cfg": config, "policy": self.policy, "rules": layout.rules}
         self._forward = jax.jit(functools.partial(forward, **how))
@@ -264,8 +273,8 @@ class Model:
         """
         if is_quantized(self.params):
             raise UserError(
-                "this model was loaded with its weights rounded to int8, and a copy of them would pass for the "
-                "original; load it without quantize= to save it"
+                "this model's weights are rounded to 8 or 4 bits, and a copy of them would pass for the original\n"
+                "load the original without quantize= to save it; `convert --quantize` writes a rounded one"
             )
         step = self.source.step if self.source else None
         convert(
@@ -315,7 +324,13 @@ class Model:
 
 
 def conversion(
-    to: str, tokenizer: Tokenizer | None, *, dtype: str | None = None, shards: int = 0, with_optimizer: bool = False
+    to: str,
+    tokenizer: Tokenizer | None,
+    *,
+    dtype: str | None = None,
+    shards: int = 0,
+    with_optimizer: bool = False,
+    quantize: str | None = None,
 ) -> Conversion:
     """What `checkpoint.convert.convert` should make, the tokenizer's files and its end-of-text among it.
 
@@ -326,6 +341,7 @@ def conversion(
         raise UserError(f"format = {to!r} is not known; expected one of {', '.join(TARGETS)}")
     return Conversion(
         to=cast(Any, to),
+        quantize=quantize,
         dtype=jnp.dtype(dtype) if dtype else None,
         n_shards=shards,
         with_optimizer=with_optimizer,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
+import mmap
 import os
 import platform
 import sys
+from pathlib import Path
 from typing import Any
 
 from mesh_transformer.config.errors import RunError
@@ -15,8 +18,8 @@ from mesh_transformer.config.errors import RunError
 TESTED_JAX = ("0.10.2",)
 
 
-def version_report() -> str:
-    """One line a package, and whether this jax is one that the tests have run with."""
+def version_report(*more: str) -> str:
+    """One line a package, then those given, and whether this jax is one that the tests have run with."""
     names = ("mesh-transformer", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "grain", "tokenizers")
     lines = []
     for name in names:
@@ -26,19 +29,62 @@ def version_report() -> str:
             lines.append(f"{name} (not installed)")
     jax_version = importlib.metadata.version("jax")
     tested = "tested" if jax_version in TESTED_JAX else f"not tested; tested: {', '.join(TESTED_JAX)}"
-    return "\n".join([*lines, f"python {platform.python_version()}", f"this jax is {tested}"])
+    return "\n".join([*lines, f"python {platform.python_version()}", *more, f"this jax is {tested}"])
 
 
 def prepare_process() -> None:
     """Settings that must be made before JAX is imported; called once by the command line, never by the library.
 
     On Linux the C allocator is told to keep big buffers instead of returning them to the system after every step,
-    where fresh pages would be paid for again (what it is worth: docs/performance.md). The process then never shrinks.
-    MESH_TRANSFORMER_ALLOCATOR=default leaves the allocator alone.
+    where fresh pages would be paid for again, and to take them from huge pages (what it is worth: docs/performance.md).
+    The process then never shrinks. MESH_TRANSFORMER_ALLOCATOR=default leaves the allocator alone.
+    MESH_TRANSFORMER_GPU=default leaves out what is set for NVIDIA GPUs (`prepare_gpu`).
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's start-up chatter
     if platform.system() == "Linux" and os.environ.get("MESH_TRANSFORMER_ALLOCATOR") != "default":
         _keep_freed_memory()
+    if os.environ.get("MESH_TRANSFORMER_GPU") != "default":
+        prepare_gpu()
+
+
+# What XLA is told about NVIDIA GPUs; why: docs/gpu.md.
+GPU_FLAGS = ("xla_gpu_enable_latency_hiding_scheduler=true",)
+GPU_MEMORY = "0.92"
+
+
+def prepare_gpu() -> None:
+    """The environment for NVIDIA GPUs, where JAX's plugin for them is installed; what is set already stays as it is.
+
+    A flag that XLA does not know ends the process. Those that the installed libraries do not name are left out.
+    """
+    plugin = _directory_of("jax_plugins.xla_cuda13") or _directory_of("jax_plugins.xla_cuda12")
+    platforms = os.environ.get("JAX_PLATFORMS", "cuda")
+    if plugin is None or not {"cuda", "gpu"} & set(platforms.split(",")):
+        return
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY)
+    given = os.environ.get("XLA_FLAGS", "")
+    # Both read XLA_FLAGS: the plugin, and jaxlib for the CPU.
+    readers = [list(directory.glob("*.so")) for directory in (plugin, _directory_of("jaxlib")) if directory]
+    for flag in GPU_FLAGS:
+        name = flag.partition("=")[0]
+        if name not in given and all(any(_names(file, name) for file in files) for files in readers):
+            given = f"{given} --{flag}".strip()
+    if given:
+        os.environ["XLA_FLAGS"] = given
+
+
+def _directory_of(package: str) -> Path | None:
+    """Where an installed package lies; does not import it."""
+    try:
+        found = importlib.util.find_spec(package)
+    except ImportError:
+        return None
+    return None if found is None or found.origin is None else Path(found.origin).parent
+
+
+def _names(library: Path, name: str) -> bool:
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(name.encode()) >= 0
 
 
 def _keep_freed_memory() -> None:
@@ -53,14 +99,61 @@ def _keep_freed_memory() -> None:
     mallopt(m_mmap_max, 0)
     mallopt(m_trim_threshold, -1)  # as an unsigned number of bytes: never
     mallopt(m_arena_max, 1)
+    global _in_huge_pages
+    _in_huge_pages = _ask_for_huge_pages()
+
+
+# Whether this process' heap was advised to lie in huge pages.
+_in_huge_pages = False
+_HUGE_PAGE = 2 << 20
+_MADV_HUGEPAGE = 14
+
+
+def _ask_for_huge_pages() -> bool:
+    """Grows the heap, by address only, as far as there is memory, and advises the system to back it with huge pages.
+
+    glibc does so by itself under GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which it reads before the process' first line.
+    Nothing is touched: an address takes memory when it is first written to. What lies past the heap's new end, should
+    it ever grow further, is in pages of the usual size.
+
+    Returns:
+        Whether the advice was given. Not where addresses are counted: vm.overcommit_memory 2, `ulimit -v` or `-d`.
+    """
+    import ctypes
+    import resource
+
+    try:
+        with open("/proc/sys/vm/overcommit_memory", encoding="ascii") as file:
+            counted = file.read().strip() == "2"
+        libc = ctypes.CDLL(None)
+        malloc, free, madvise = libc.malloc, libc.free, libc.madvise
+    except (AttributeError, OSError):
+        return False
+    malloc.restype, malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    free.restype, free.argtypes = None, [ctypes.c_void_p]
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    if counted or any(limit != resource.RLIM_INFINITY for limit in limits):
+        return False
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8 * 7
+    begin = malloc(size)
+    if not begin:
+        return False
+    first = -(-begin // _HUGE_PAGE) * _HUGE_PAGE
+    advised: bool = madvise(first, begin + size - first, _MADV_HUGEPAGE) == 0
+    free(begin)
+    return advised
 
 
 def give_memory_back() -> None:
     """Returns freed memory to the system once, where the C library can: after a phase that needed much for a moment."""
     import ctypes
 
+    global _in_huge_pages
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
+        if _in_huge_pages:  # the end of the heap, with the advice on it, has been given back too
+            _in_huge_pages = _ask_for_huge_pages()
 
 
 def use_compile_cache() -> None:
@@ -151,6 +244,15 @@ class KeyValueStore:
                 f"the coordinator, process 0, cannot be reached any more ({reason})\n"
                 "It has ended or its machine is cut off: see what it printed last, then repeat the command."
             ) from error
+
+
+def cudnn_version() -> int | None:
+    """The version of the cuDNN that JAX has loaded, as 92800 for 9.28.0; None where there is none. Private to JAX."""
+    try:
+        from jax._src.lib import cuda_versions
+    except ImportError:
+        return None
+    return None if cuda_versions is None else int(cuda_versions.cudnn_get_version())
 
 
 def n_compiled(*jitted: Any) -> int:

@@ -18,13 +18,13 @@ from mesh_transformer.train.metrics import flops_per_token
 TINY = preset("gpt-j-tiny")
 
 
-def run(against: list[str], rounds: int = 2) -> dict:
+def run(against: list[str], rounds: int = 2, dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> dict:
     said: list[str] = []
     result = bench_train(
         TINY,
         batch_size=2,
         sequence_length=32,
-        dtypes=["float32", "bfloat16"],
+        dtypes=dtypes,
         against=against,
         rounds=rounds,
         warmup=1,
@@ -67,13 +67,29 @@ def test_against_hugging_face() -> None:
     assert set(result["ratios"]) == {"ours over hf, float32", "ours over hf, bfloat16"}
 
 
+@pytest.mark.peers
+def test_against_compiled_hugging_face() -> None:
+    result = run(["torch"], dtypes=("float32",))
+    check(result, ["ours float32", "torch float32"])
+    assert "torch.compile" in result["contenders"]["torch float32"]["described"]["settings"]
+
+
 def test_spread() -> None:
     assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
 
 
-def test_unknown_peer() -> None:
+def test_unknown_peers_are_refused() -> None:
     with pytest.raises(UserError, match="'tensorflow' is not known; expected: hf"):
         require_peer("tensorflow")
+    with pytest.raises(UserError, match="'ctranslate2' is not known; expected: hf or torch"):
+        run(["ctranslate2"])
+
+
+def test_compiling_peers_need_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mesh_transformer.bench.train.require_peer", lambda name, known: None)
+    monkeypatch.setattr("mesh_transformer.bench.train.cpp_compiler", lambda: None)
+    with pytest.raises(UserError, match="needs a C\\+\\+ compiler: install g"):
+        run(["torch"])
 
 
 def test_workers_run_under_one_allocator(tmp_path: Path) -> None:

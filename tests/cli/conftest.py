@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import quickly
 from mesh_transformer import compat
 from mesh_transformer.cli.main import main
 
@@ -50,10 +51,8 @@ class Command:
     """`mesh-transformer ARGUMENTS`, called here (fast) or started (real)."""
 
     def __init__(self, cache: Path) -> None:
-        # Compiled with little care, and so in half the time.
-        ours = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "MESH_TRANSFORMER_CACHE": str(cache)}
-        ours["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-        self.environment = {**os.environ, **ours}
+        ours = {"JAX_PLATFORMS": "cpu", "MESH_TRANSFORMER_CACHE": str(cache)}
+        self.environment = {**os.environ, **ours, **quickly.variables()}
 
     def call(self, *arguments: object) -> Ended:
         """In this process."""

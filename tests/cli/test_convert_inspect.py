@@ -43,6 +43,28 @@ def converted(command: Any, originals: tuple[Path, Truth], tmp_path_factory: pyt
     return found
 
 
+def test_a_model_in_8_or_4_bits(command: Any, originals: tuple[Path, Truth], tmp_path: Path) -> None:
+    source = originals[0] / "slim"
+    for name in ("int8", "int4"):
+        ended = command.call("convert", source, tmp_path / name, "--to", "native", "--quantize", name)
+        assert ended.status == 0 and ended.out.strip() == digest_of(command, tmp_path / name), ended.err
+        assert "quantized\n" in ended.err and "tensors were rounded; the largest error is" in ended.err
+        facts = json.loads(command.call("inspect", tmp_path / name, "--json").out)
+        assert (facts["format"], facts["quantize"], facts["step"]) == ("quantized", name, 1201)
+        assert facts["made_of"]["path"] == str(source / "step_1201") and facts["tensors"]["head/w"]["dtype"] == name
+        how = ["--prompt", "ab", "--max-tokens", 2, "--temperature", 0, "--tokenizer", "bytes", "--json"]
+        assert command.call("generate", tmp_path / name, *how).status == 0
+    for wrong, told in (
+        (["--to", "legacy", "--quantize", "int8"], "--quantize int8 is for --to native"),
+        (["--to", "native", "--quantize", "int2"], "expected int8, int4 or int4-128"),
+        (["--to", "peft", "--quantize", "int8"], "--quantize is not for --to peft"),
+    ):
+        ended = command.call("convert", source, tmp_path / "not", *wrong)
+        assert ended.status == 2 and told in ended.err
+    ended = command.call("convert", tmp_path / "int4", tmp_path / "not", "--to", "native")
+    assert ended.status == 2 and "say --dtype float32" in ended.err
+
+
 def digest_of(command: Any, path: Path) -> str:
     ended = command.call("inspect", path, "--digest")
     assert ended.status == 0, ended.err

@@ -64,7 +64,9 @@ def test_the_instructions() -> None:
         if i.name in ("ENV", "ARG"):
             assert not re.search("KEY|SECRET|TOKEN|PASSWORD", i.text), "it would stay in the image"
         if i.name == "RUN":
-            assert "apt-get" not in i.text, "if packages are needed: --no-install-recommends, and remove the lists"
+            packages = "apt-get" in i.text
+            assert not packages or ("--no-install-recommends" in i.text and "rm -rf /var/lib/apt/lists" in i.text)
+            assert not packages or i.stage == 0, "nothing is installed in the image itself"
 
 
 def test_both_stages_stand_on_one_base() -> None:
@@ -85,13 +87,13 @@ def test_what_is_copied_exists_and_is_not_ignored() -> None:
 
 
 def test_what_the_package_is_built_of_is_copied_before() -> None:
-    """The build back-end reads these; hatchling fails without them."""
+    """The build back-end reads these, and fails without them."""
     names = [i.name for i in DOCKERFILE]
     install = next(n for n, i in enumerate(DOCKERFILE) if i.name == "RUN" and "pip install" in i.text)
     before = {s for i in DOCKERFILE[:install] if i.name == "COPY" for s in i.words[:-1]}
     metadata = (ROOT / "pyproject.toml").read_text()
     assert 'readme = "README.md"' in metadata and 'license-files = ["LICENSE"]' in metadata
-    assert {"pyproject.toml", "README.md", "LICENSE", "src", "constraints.txt"} <= before
+    assert {"pyproject.toml", "CMakeLists.txt", "third_party", "README.md", "LICENSE", "src", "constraints.txt"} <= before
     assert names.index("COPY") < install
 
 

@@ -50,7 +50,7 @@ def model(position: str = "rotary", dtype: str = "float32", quantized: bool = Fa
     params = random_params(cfg, dtype)
     if quantized:
         params = quantize_all(params, cfg)
-    policy = for_inference(ComputePolicy(dtype=dtype, unroll=True), params)
+    policy = for_inference(ComputePolicy(dtype=dtype, unroll=True), params, one_device=True)
     return Model(cfg, policy, params, Programs(cfg, policy))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
+import quickly
 from mesh_transformer.cli.main import app
 from mesh_transformer.config.presets import PRESETS
 
@@ -74,17 +75,17 @@ def test_readme_walkthrough(tmp_path: Path) -> None:
     notes = "<|endoftext|>".join(f"Once upon a time there were {n} geese. " * 20 for n in range(60))
     (tmp_path / "notes.txt").write_text(notes)
     (tmp_path / "notes.toml").write_text(blocks(text, "toml")[0])
+    here = os.environ | {"MESH_TRANSFORMER_CACHE": str(tmp_path / "cache")}
     for line in commands(ROOT / "README.md"):
         variables, words = parsed(line)
         # A server does not end by itself: tests/peers/test_serve_curl.py starts it and sends what stands beside it.
         if words[0] == "mesh-transformer" and words[1] != "serve":
             command = [sys.executable, "-m", "mesh_transformer", *words[1:]]
             # One device, as a reader has it, unless the line says otherwise.
-            env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | variables
-            env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiled in half the time
+            env = here | quickly.variables(variables.pop("XLA_FLAGS", "")) | variables
             done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
             assert done.returncode == 0, f"{line}\n{done.stderr}"
     python = [sys.executable, "-c", blocks(text, "python")[0]]
-    done = subprocess.run(python, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(python, cwd=tmp_path, capture_output=True, text=True, env=here | quickly.variables())
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "notes-hf" / "model.safetensors").exists()

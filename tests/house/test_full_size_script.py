@@ -8,14 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import quickly
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "full_size.py"
 STEPS = ["make", "convert v1 to native", "inspect --digest v1", "inspect --digest native"]
 STEPS += ["convert native to huggingface", "generate"]
 
 
 def measure(tmp_path: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    ours = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "MESH_TRANSFORMER_CACHE": str(tmp_path / "cache")}
-    ours["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiled in half the time
+    ours = {"JAX_PLATFORMS": "cpu", "MESH_TRANSFORMER_CACHE": str(tmp_path / "cache"), **quickly.variables()}
     command = [sys.executable, str(SCRIPT), str(tmp_path / "models"), "--small", *more]
     command += ["--output", str(tmp_path / "out" / "report.json")]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | ours, timeout=300, check=False)

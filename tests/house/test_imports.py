@@ -9,6 +9,7 @@ PACKAGE = Path(mesh_transformer.__file__).parent
 # Each may import those on earlier lines, itself, and nothing else; rooms on one line do not know each other.
 ORDER = [
     ["compat", "shapes", "files", "config", "processes"],
+    ["kernels"],
     ["sharding"],
     ["model"],
     ["checkpoint", "data"],
@@ -22,8 +23,9 @@ ORDER = [
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 # One file each: an outsider that is slow to import or may be absent.
 ONLY_IN = {
-    "torch": {"bench/hf.py", "bench/hf_server.py"},
-    "transformers": {"bench/hf.py", "bench/hf_server.py"},
+    "torch": {"bench/hf.py", "bench/hf_decode.py", "bench/hf_server.py"},
+    "transformers": {"bench/hf.py", "bench/hf_decode.py", "bench/hf_server.py"},
+    "ctranslate2": {"bench/ct2.py"},
     "grain": {"data/loader.py", "data/source.py"},
     "orbax": {"checkpoint/arrays.py"},
     "tensorstore": {"checkpoint/slices.py"},

@@ -117,7 +117,7 @@ def test_a_base_in_8_bits_takes_no_part_in_the_gradient() -> None:
     own, expected = (jax.grad(loss)(adapter, base) for base in (in_8_bits, widened))
     for a, b in zip(jax.tree.leaves(own), jax.tree.leaves(expected), strict=True):
         assert relative(a, b) < 1e-5
-    with pytest.raises(TypeError, match="8 bits"):
+    with pytest.raises(TypeError, match="8 or 4 bits"):
         merged(adapt(in_8_bits, adapter, SCALE), V1)
 
 

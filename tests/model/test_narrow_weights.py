@@ -29,8 +29,8 @@ def test_equal_to_float32_copies(dtype: str, position: Any) -> None:
     cfg = dataclasses.replace(CFG, n_layers=3, position=position, d_rotary=0)
     narrow = init_params(cfg, jax.random.key(0), dtype)
     wide = jax.tree.map(lambda a: a.astype(jnp.float32), narrow)
-    policy = for_inference(ComputePolicy(), narrow)
-    assert policy.widen_by_layer and not for_inference(ComputePolicy(), wide).widen_by_layer
+    policy = for_inference(ComputePolicy(), narrow, one_device=True)
+    assert policy.widen_by_layer and not for_inference(ComputePolicy(), wide, one_device=True).widen_by_layer
     found = jax.jit(functools.partial(forward, cfg=cfg, policy=policy))(narrow, TOKENS)
     expected = jax.jit(functools.partial(forward, cfg=cfg, policy=ComputePolicy()))(wide, TOKENS)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * float(jnp.abs(expected).max()))
@@ -59,6 +59,6 @@ def test_no_copy_of_all_weights(program: Any, compute: str) -> None:
     # One layer in float32, twice, and the head; the activations of 16 tokens are small beside them.
     layer, head = 4 * 12 * CFG.d_model**2, 4 * CFG.d_model * CFG.n_vocab
     assert 2 * layer + head < math.floor(0.75 * weights)
-    assert temporary(for_inference(ComputePolicy(dtype=compute), params)) < 2 * layer + head
+    assert temporary(for_inference(ComputePolicy(dtype=compute), params, one_device=True)) < 2 * layer + head
     if compute == "float32":
         assert temporary(ComputePolicy(dtype=compute, unroll=True)) > 1.5 * weights

@@ -27,6 +27,7 @@ import mesh_transformer as mt
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.data.tokenizer import Tokenizer, train_bpe
 from mesh_transformer.model.params import abstract_params
+from quickly import compile_quickly
 
 CONTEXT = 256  # tokens
 KEY = "a-key"
@@ -84,9 +85,9 @@ def _likings(tokenizer: Tokenizer, n_vocab: int) -> np.ndarray:
 def compiled_quickly() -> Iterator[None]:
     """Programs of this process are compiled meanwhile without what would make them fast."""
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    compile_quickly(True)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    compile_quickly(before)
 
 
 @dataclasses.dataclass

@@ -10,10 +10,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import jax
 import pytest
 
 import mesh_transformer as mt
+from quickly import compile_quickly
 
 _SCRIPT = Path(__file__).parents[2] / "benchmarks" / "evaluate_against_hf.py"
 
@@ -32,9 +32,9 @@ def benchmark() -> ModuleType:
 @contextlib.contextmanager
 def compiled_quickly() -> Iterator[None]:
     """Programs are compiled meanwhile without what would make them fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
+    compile_quickly(True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    compile_quickly(False)
 
 
 def answers(results: dict[str, Any], task: str) -> list[Any]:

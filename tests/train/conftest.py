@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from init_from_cases import ARCH, STEP, Stored
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from run_cases import Listener, Spy, Toy
 
+from legacy.generator import write_model_directory
 from mesh_transformer.config.run import RunConfig
 from mesh_transformer.model.policy import ComputePolicy
 from mesh_transformer.sharding.layout import Layout
@@ -103,3 +105,18 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
 
     monkeypatch.setattr(train_run, "compile_programs", compile_and_watch)
     return seen
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Stored]:
+    """Models of the original's by their number of shards and their variant; not to be changed."""
+    made: dict[tuple[int, str], Stored] = {}
+
+    def model(shards: int, variant: str = "full") -> Stored:
+        if (shards, variant) not in made:
+            path = tmp_path_factory.mktemp("models") / "model"
+            truths = write_model_directory(path, ARCH, shards, [STEP], config=True, style="unequal", variant=variant)
+            made[shards, variant] = Stored(path, truths[STEP])
+        return made[shards, variant]
+
+    return model

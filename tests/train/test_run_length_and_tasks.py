@@ -57,8 +57,9 @@ def test_tasks_are_evaluated_on_the_way_and_at_the_end(tmp_path: Path, toy: Toy)
     run = dataclasses.replace(run, evaluate=EvaluateConfig(tasks=("first", "second"), every=2))
     listener, evaluation = Listener(), Evaluation()
     train(run, listener, evaluate=evaluation.make)
-    ((given, policy, tokenizer, layout),) = evaluation.made
+    ((given, policy, tokenizer, layout, processes),) = evaluation.made
     assert given == run and policy.dtype == "float32" and tokenizer is None and layout.sizes.n_devices == 1
+    assert processes.count == 1
     assert [(m.step, m.evaluation) for m in listener.evaluations] == [
         (step, task) for step in (2, 4, 5) for task in ("first", "second")
     ]

@@ -45,7 +45,6 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
 
 

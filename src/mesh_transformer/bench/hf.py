@@ -1,4 +1,4 @@
-"""Hugging Face's GPT-J on PyTorch as a contender; the only module that imports them."""
+"""Hugging Face's GPT-J on PyTorch as a contender at training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from mesh_transformer.bench.ours import batch
 
 
 class TrainContender:
-    """float32, or float32 parameters under bfloat16 autocast. Eager mode, fused AdamW, clipping at 1.
+    """float32, or float32 parameters under bfloat16 autocast. Fused AdamW, clipping at 1; eager mode unless
+    `spec["compiled"]`, where torch.compile has model and loss as one graph.
 
     Matrices are decayed and vectors are not, as in ours.
     """
@@ -40,19 +41,24 @@ class TrainContender:
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
         self._optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, fused=True)
         self._autocast = spec["dtype"] == "bfloat16"
+        self._compiled = spec.get("compiled", False)
+        self._loss = torch.compile(self._eager_loss) if self._compiled else self._eager_loss
         rows = torch.from_numpy(batch(model["n_vocab"], spec["batch_size"], spec["sequence_length"])).long()
         self._inputs, self._targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def step(self) -> dict[str, Any]:
         context = torch.autocast("cpu", torch.bfloat16) if self._autocast else contextlib.nullcontext()
         with context:
-            logits = self._model(self._inputs).logits
-            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), self._targets.flatten())
+            loss = self._loss(self._inputs, self._targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return {"loss": float(loss.detach())}
+
+    def _eager_loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = self._model(inputs).logits
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     def describe(self) -> dict[str, Any]:
         attention = getattr(self._model.config, "_attn_implementation", "?")
@@ -60,7 +66,7 @@ class TrainContender:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "threads": torch.get_num_threads(),
-            "settings": f"eager mode, attention {attention}, fused AdamW"
+            "settings": f"{'torch.compile' if self._compiled else 'eager mode'}, attention {attention}, fused AdamW"
             + (", bfloat16 autocast" if self._autocast else ""),
         }
 

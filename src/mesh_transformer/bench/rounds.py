@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mesh_transformer.config.errors import RunError, UserError
@@ -22,13 +24,22 @@ ALLOCATOR = {
 }
 
 
+# Peers that `--against` knows, and the packages that each needs.
+_PACKAGES = {
+    "hf": ("torch", "transformers"),
+    "torch": ("torch", "transformers"),
+    "ctranslate2": ("ctranslate2", "torch", "transformers"),
+}
+
+
 class Worker:
-    """A contender in its own process."""
+    """A contender in its own process; `spec["environment"]` holds variables that it has beside everybody's."""
 
     def __init__(self, name: str, spec: dict[str, Any]) -> None:
         self.name = name
         threads = str(spec["threads"])
         environment = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+        environment |= spec.get("environment", {})
         self._process = subprocess.Popen(
             [sys.executable, "-m", "mesh_transformer.bench.worker"],
             stdin=subprocess.PIPE,
@@ -36,11 +47,15 @@ class Worker:
             text=True,
             env=environment,
         )
-        self.description = self._ask(json.dumps(spec))
+        self._ask(json.dumps(spec))
 
     def step(self) -> dict[str, Any]:
         """One step: its seconds and figures."""
         return self._ask("step")
+
+    def describe(self) -> dict[str, Any]:
+        """Versions and settings, those included that it chose while it ran."""
+        return self._ask("describe")
 
     def close(self) -> None:
         """Ends the process."""
@@ -68,21 +83,24 @@ def take_turns(
         name -> description, name -> the answers of the counted rounds.
     """
     workers: list[Worker] = []
-    try:
-        for name, spec in specs.items():
-            progress(f"starting {name}")
-            workers.append(Worker(name, spec))
-        answers: dict[str, list[dict[str, Any]]] = {name: [] for name in specs}
-        for i in range(warmup + rounds):
-            progress(f"round {i + 1} of {warmup + rounds}" + (" (warm-up)" if i < warmup else ""))
+    # Of torch.compile: one that a process left half written makes every later one fail.
+    with tempfile.TemporaryDirectory(prefix="mesh-transformer-bench-") as cache:
+        try:
+            for name, spec in specs.items():
+                progress(f"starting {name}")
+                own = {"TORCHINDUCTOR_CACHE_DIR": cache, **spec.get("environment", {})}
+                workers.append(Worker(name, {**spec, "environment": own}))
+            answers: dict[str, list[dict[str, Any]]] = {name: [] for name in specs}
+            for i in range(warmup + rounds):
+                progress(f"round {i + 1} of {warmup + rounds}" + (" (warm-up)" if i < warmup else ""))
+                for worker in workers:
+                    answer = worker.step()
+                    if i >= warmup:
+                        answers[worker.name].append(answer)
+            return {worker.name: worker.describe() for worker in workers}, answers
+        finally:
             for worker in workers:
-                answer = worker.step()
-                if i >= warmup:
-                    answers[worker.name].append(answer)
-        return {worker.name: worker.description for worker in workers}, answers
-    finally:
-        for worker in workers:
-            worker.close()
+                worker.close()
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -90,9 +108,19 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def require_peer(name: str) -> None:
-    """Raises UserError with the command that installs the peer, if it is absent."""
-    if name != "hf":
-        raise UserError(f"--against {name!r} is not known; expected: hf")
-    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
-        raise UserError("--against hf needs PyTorch and transformers: pip install 'mesh-transformer[peers]'")
+def require_peer(name: str, known: Sequence[str] = ("hf",)) -> None:
+    """Returns if the peer is one of `known` and can run here.
+
+    Raises:
+        UserError: it is not known, or not installed; the message has the command that installs it.
+    """
+    if name not in known:
+        raise UserError(f"--against {name!r} is not known; expected: {' or '.join(known)}")
+    missing = [package for package in _PACKAGES[name] if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(f"--against {name} needs {' and '.join(missing)}: pip install 'mesh-transformer[peers]'")
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that torch.compile finds, or None."""
+    return shutil.which(os.environ.get("CXX", "g++"))

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mesh_transformer.bench.rounds import ALLOCATOR, require_peer, spread, take_turns
+from mesh_transformer.bench.machine import machine, processor
+from mesh_transformer.bench.rounds import ALLOCATOR, cpp_compiler, require_peer, spread, take_turns
+from mesh_transformer.config.errors import UserError
 from mesh_transformer.config.model import ModelConfig
+
+__all__ = ["bench_train", "processor"]
+
+# hf: as its documentation trains, in eager mode; torch: the same model compiled by torch.compile.
+PEERS = ("hf", "torch")
 
 
 def bench_train(
@@ -37,7 +43,9 @@ def bench_train(
     from mesh_transformer.train.metrics import flops_per_token
 
     for peer in against:
-        require_peer(peer)
+        require_peer(peer, PEERS)
+        if peer == "torch" and cpp_compiler() is None:
+            raise UserError("--against torch compiles the model and needs a C++ compiler: install g++, or set CXX")
     common = {
         "model": model.to_dict(),
         "batch_size": batch_size,
@@ -48,7 +56,8 @@ def bench_train(
     for dtype in dtypes:
         specs[f"ours {dtype}"] = {"module": "ours", "kind": "train", "dtype": dtype, **common}
         for peer in against:
-            specs[f"{peer} {dtype}"] = {"module": peer, "kind": "train", "dtype": dtype, **common}
+            peer_spec = {"module": "hf", "kind": "train", "compiled": peer == "torch"}
+            specs[f"{peer} {dtype}"] = {**peer_spec, "dtype": dtype, **common}
         specs[f"matmul {dtype}"] = {"module": "ours", "kind": "matmul", "dtype": dtype, **common}
     descriptions, answers = take_turns(specs, rounds, warmup, progress)
     tokens = batch_size * sequence_length
@@ -78,10 +87,11 @@ def bench_train(
     return {
         "benchmark": "train",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": machine(),
         "model": model.to_dict(),
         "batch_size": batch_size,
         "sequence_length": sequence_length,
+        "against": list(against),
         "rounds": rounds,
         "warmup": warmup,
         "allocator": ALLOCATOR,
@@ -90,11 +100,3 @@ def bench_train(
         "contenders": contenders,
         "ratios": ratios,
     }
-
-
-def processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()

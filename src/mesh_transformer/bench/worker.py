@@ -1,7 +1,7 @@
 """One contender of a benchmark in a process of its own: stays resident and takes a step when told.
 
-Reads JSON lines on standard input (the first says what to be, each later one asks for a step) and answers each with
-one JSON line on standard output.
+Reads lines on standard input (the first, JSON, says what to be; each later one is "step" or "describe") and answers
+each with one JSON line on standard output.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ def serve(spec: dict[str, Any]) -> None:
 
     contender: Contender = importlib.import_module(f"mesh_transformer.bench.{spec['module']}").make(spec)
     answer(contender.describe())
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        if line.strip() == "describe":
+            answer(contender.describe())
+            continue
         start = time.perf_counter()
         figures = contender.step()
         answer({"seconds": time.perf_counter() - start, **figures})

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,29 +15,34 @@ import numpy as np
 
 from mesh_transformer.checkpoint import huggingface, native_weights
 from mesh_transformer.checkpoint.certificate import write_certificate
-from mesh_transformer.checkpoint.compare import differences
+from mesh_transformer.checkpoint.certifying import Progress, certify_result, counter
 from mesh_transformer.checkpoint.huggingface import HuggingFaceWeights, looks_huggingface, write_huggingface
 from mesh_transformer.checkpoint.legacy import v1_writer, v2_writer
 from mesh_transformer.checkpoint.legacy.files import DirectoryFiles
 from mesh_transformer.checkpoint.legacy.finding import CONFIG, META, looks_legacy
 from mesh_transformer.checkpoint.legacy.v1 import LegacyWeights
 from mesh_transformer.checkpoint.legacy.v2 import LegacyV2Weights
-from mesh_transformer.checkpoint.logical import Fingerprint, fingerprint, logical_tensors
 from mesh_transformer.checkpoint.lora import LoraWeights
 from mesh_transformer.checkpoint.manifest import write_manifest
-from mesh_transformer.checkpoint.names import has_hf_names
 from mesh_transformer.checkpoint.opening import CHECKPOINT_FILE
-from mesh_transformer.checkpoint.weights import MOMENTS, Kind, Piece, Weights, pieces, stored_bytes
+from mesh_transformer.checkpoint.quantized import quantized_pieces
+from mesh_transformer.checkpoint.quantized_weights import (
+    QuantizedWeights,
+    looks_quantized,
+    planned_bytes,
+    write_quantized,
+)
+from mesh_transformer.checkpoint.weights import MOMENTS, Weights, stored_bytes
 from mesh_transformer.config.errors import CheckpointError, ConfigError, UserError
 from mesh_transformer.files import atomic_directory, clear_leftovers, is_out_of_space
-from mesh_transformer.model.params import count_params, named_specs, size
+from mesh_transformer.model.params import is_multiplied, named_specs, size
+from mesh_transformer.model.quantize import check_model as check_groups
+from mesh_transformer.model.quantize import check_quantize
 
 Target = Literal["native", "huggingface", "legacy", "legacy-v2"]
 TARGETS: tuple[Target, ...] = ("native", "huggingface", "legacy", "legacy-v2")
 _STEP = re.compile(r"step_(0|[1-9][0-9]*)")
 _GPT_J_SHARDS = 8
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,8 @@ class Conversion:
 
     Attributes:
         to: the format.
+        quantize: one of `quantize.QUANTIZATIONS`, for "native": matrices of products are rounded to it; None: they are
+            not.
         dtype: what parameters are rounded to; None keeps what is stored (of Hugging Face and v1, which have one dtype
             for all, that of the large matrices).
         n_shards: of v1; 0: as the source, else 8 or the most that divides it.
@@ -56,6 +62,7 @@ class Conversion:
     """
 
     to: Target
+    quantize: str | None = None
     dtype: np.dtype | None = None
     n_shards: int = 0
     with_optimizer: bool = False
@@ -97,7 +104,7 @@ def convert(
                 write_manifest(temporary)
             return {}
         back = _reopen(temporary, step_directory, conversion)
-        facts = _certify(weights, back, conversion, progress)
+        facts = certify_result(weights, back, _casts(weights, conversion), conversion.with_optimizer, progress)
         files = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file())
         write_certificate(temporary, facts, [] if conversion.to == "native" else files)
         if conversion.to == "native":
@@ -113,6 +120,7 @@ def check(weights: Weights, conversion: Conversion) -> None:
     """
     if conversion.to not in TARGETS:
         raise UserError(f"format {conversion.to!r} is not known; expected one of {', '.join(TARGETS)}")
+    _check_quantization(weights, conversion)
     if conversion.with_optimizer:
         if conversion.to == "huggingface":
             raise UserError("a Hugging Face directory holds no optimizer state; convert to native or legacy for that")
@@ -129,6 +137,29 @@ def check(weights: Weights, conversion: Conversion) -> None:
             f"model.architecture = {weights.cfg.architecture!r}: a v2 checkpoint holds the v2 architecture only; "
             "use --to legacy"
         )
+
+
+def _check_quantization(weights: Weights, conversion: Conversion) -> None:
+    check_quantize(conversion.quantize)
+    if isinstance(weights, QuantizedWeights):
+        if conversion.quantize is not None:
+            raise UserError(
+                f"{weights.where}: is rounded to {weights.quantize} already, and rounding it to {conversion.quantize} "
+                "would round twice; convert the model that it was made of"
+            )
+        if conversion.dtype is None:
+            raise UserError(
+                f"{weights.where}: its matrices are rounded to {weights.quantize}, and a copy of them in another "
+                "format would pass for the original; convert the model that it was made of, or say --dtype float32 to "
+                "write the rounded weights as they are computed with"
+            )
+    if conversion.quantize is None:
+        return
+    if conversion.to != "native":
+        raise UserError(f"--quantize {conversion.quantize} is for --to native; {conversion.to} has no such weights")
+    if conversion.with_optimizer:
+        raise UserError("--quantize is for models that are computed with and not trained; leave --with-optimizer out")
+    check_groups(conversion.quantize, weights.cfg)
 
 
 def shards_of(weights: Weights, conversion: Conversion) -> int:
@@ -161,14 +192,15 @@ def _check_place(weights: Weights, target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise CheckpointError(f"{target}: exists already; choose another place, or --overwrite")
-    is_model = (target / CHECKPOINT_FILE).is_file() or looks_huggingface(target) or looks_legacy(target)
-    if not is_model and (not target.is_dir() or any(target.iterdir())):
+    is_ours = (target / CHECKPOINT_FILE).is_file() or looks_quantized(target)
+    if not (is_ours or looks_huggingface(target) or looks_legacy(target)) and (
+        not target.is_dir() or any(target.iterdir())
+    ):
         raise CheckpointError(f"{target}: is no model, so --overwrite does not remove it; choose another place")
 
 
 def _check_space(weights: Weights, target: Path, conversion: Conversion) -> None:
-    kept = kept_dtypes(weights, conversion)
-    needed = sum(size(spec, weights.cfg) * kept[path].itemsize for path, spec in named_specs(weights.cfg).items())
+    needed = _parameter_bytes(weights, conversion)
     if conversion.with_optimizer:
         needed += stored_bytes(weights, MOMENTS)
     place = target.absolute().parent
@@ -180,6 +212,14 @@ def _check_space(weights: Weights, target: Path, conversion: Conversion) -> None
             f"{target}: needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free in {place}; "
             "free some, or choose another place"
         )
+
+
+def _parameter_bytes(weights: Weights, conversion: Conversion) -> int:
+    """Of what is to be written, without moments."""
+    if conversion.quantize is not None:
+        return planned_bytes(weights, conversion.quantize, conversion.dtype)
+    kept = kept_dtypes(weights, conversion)
+    return sum(size(spec, weights.cfg) * kept[path].itemsize for path, spec in named_specs(weights.cfg).items())
 
 
 @contextlib.contextmanager
@@ -207,11 +247,16 @@ def _errors_that_teach(target: Path) -> Iterator[None]:
 def _write(temporary: Path, name: str, weights: Weights, conversion: Conversion, progress: Progress) -> Path:
     """Writes everything but certificate and manifest; returns the directory with the parameters."""
     kept = kept_dtypes(weights, conversion)
-    total = sum(size(spec, weights.cfg) * kept[path].itemsize for path, spec in named_specs(weights.cfg).items())
+    total = _parameter_bytes(weights, conversion)
     total += stored_bytes(weights, MOMENTS) if conversion.with_optimizer else 0
     if conversion.to == "legacy":
         total = stored_bytes(weights, weights.kinds() if conversion.with_optimizer else ("params",))
-    count = _counter(progress, "writing", total)
+    count = counter(progress, "writing", total)
+    if conversion.quantize is not None:
+        quantized = quantized_pieces(weights, conversion.quantize)
+        how: dict[str, Any] = {"dtype": conversion.dtype, "files": conversion.tokenizer}
+        write_quantized(temporary, weights, quantized, conversion.quantize, progress=count, **how)
+        return temporary
     if conversion.to == "native":
         native_weights.write_native(
             temporary,
@@ -266,6 +311,8 @@ def _write(temporary: Path, name: str, weights: Weights, conversion: Conversion,
 
 
 def _reopen(temporary: Path, step_directory: Path, conversion: Conversion) -> Weights:
+    if conversion.quantize is not None:
+        return QuantizedWeights(temporary, has_manifest=False)
     if conversion.to == "native":
         return native_weights.open_unverified(temporary)
     if conversion.to == "huggingface":
@@ -276,87 +323,12 @@ def _reopen(temporary: Path, step_directory: Path, conversion: Conversion) -> We
     return LegacyV2Weights(step_directory, raw, CONFIG)
 
 
-def _certify(weights: Weights, back: Weights, conversion: Conversion, progress: Progress) -> dict[str, Any]:
-    """Hashes source and result, and compares what is not equal."""
-    before = fingerprint(weights, _counter(progress, "hashing the source", stored_bytes(weights)))
-    after = fingerprint(back, _counter(progress, "reading back", stored_bytes(back)))
-    casts = {path: kept for path, kept in kept_dtypes(weights, conversion).items() if kept != weights.dtype_of(path)}
-    changed = _changed(weights, back, before, after, casts)
-    if conversion.with_optimizer:
-        _compare_moments(weights, back)
-    return {
-        "project_version": importlib.metadata.version("mesh-transformer"),
-        "source": {
-            "path": str(weights.where),
-            "format": weights.format,
-            "step": weights.step,
-            "digest": before.digest,
-        },
-        "target": {"format": conversion.to, "step": back.step, "digest": after.digest},
-        "parameters": count_params(weights.cfg),
-        "with_optimizer": conversion.with_optimizer,
-        "casts": [
-            {"parameter": path, "from": weights.dtype_of(path).name, "to": kept.name} for path, kept in casts.items()
-        ],
-        "changed": changed,
-        "tensors": [
-            {"name": tensor.name, "shape": list(tensor.shape), "sha256": before.tensors[tensor.name]}
-            for tensor in logical_tensors(weights.cfg)
-        ],
+def _casts(weights: Weights, conversion: Conversion) -> dict[str, str]:
+    """Path -> what a parameter is rounded to, of those whose type changes."""
+    casts = {
+        path: kept.name for path, kept in kept_dtypes(weights, conversion).items() if kept != weights.dtype_of(path)
     }
-
-
-def _changed(
-    weights: Weights, back: Weights, before: Fingerprint, after: Fingerprint, casts: Mapping[str, np.dtype]
-) -> list[dict[str, Any]]:
-    """The tensors whose values are not those of the source; only a rounding may have done that."""
-    names = [name for name, sha256 in before.tensors.items() if after.tensors.get(name) != sha256]
-    paths = {tensor.name: tensor.pieces[0].path for tensor in logical_tensors(weights.cfg)}
-    rounded = set(casts)
-    if has_hf_names(weights.cfg):  # the logical embedding has its bias folded in
-        folds = back.format == "huggingface" and weights.read(Piece("embed/bias")).any()
-        rounded |= {"embed/tokens"} if folds or "embed/bias" in casts else set()
-    for name in names:
-        if paths[name] not in rounded:
-            raise CheckpointError(
-                f"{weights.where}: {name} is another when read back from what was written; disk or memory is at fault"
-            )
-    found = {difference.name: difference for difference in differences(weights, back, names)}
-    return [
-        {
-            "name": name,
-            "sha256": after.tensors[name],
-            "values": found[name].n_values if name in found else 0,
-            "values_changed": found[name].n_different if name in found else 0,
-            "largest_error": found[name].largest if name in found else 0.0,
-        }
-        for name in names
-    ]
-
-
-def _compare_moments(weights: Weights, back: Weights) -> None:
-    if back.counters != weights.counters:
-        raise CheckpointError(f"{weights.where}: the counts are others when read back from what was written")
-    for kind in MOMENTS:
-        for piece in pieces(weights.cfg):
-            if not _equal(weights, back, piece, kind):
-                raise CheckpointError(
-                    f"{weights.where}: Adam's {kind} of {piece.path} is another when read back from what was written"
-                )
-
-
-def _equal(a: Weights, b: Weights, piece: Piece, kind: Kind) -> bool:
-    return np.array_equal(
-        a.read(piece, kind).astype(np.float32), b.read(piece, kind).astype(np.float32), equal_nan=True
-    )
-
-
-def _counter(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
-    done = 0
-
-    def count(n_bytes: int) -> None:
-        nonlocal done
-        done += n_bytes
-        progress(stage, min(done, total), total)
-
-    return count
+    if conversion.quantize is not None:
+        matrices = (path for path, spec in named_specs(weights.cfg).items() if is_multiplied(spec))
+        casts |= dict.fromkeys(matrices, conversion.quantize)
+    return casts

@@ -40,8 +40,11 @@ def write_manifest(directory: str | os.PathLike[str]) -> None:
     write_atomically(directory / MANIFEST, _text(entries))
 
 
-def verify(directory: str | os.PathLike[str]) -> None:
+def verify(directory: str | os.PathLike[str], *, sums_up_to: int | None = None) -> None:
     """Returns if the directory holds exactly the files of its manifest, byte for byte.
+
+    Args:
+        sums_up_to: of larger files, in bytes, the size alone is compared; `verify_file` does the rest.
 
     Raises:
         CheckpointError: it does not; the message names the first bad file and what is wrong with it.
@@ -59,9 +62,20 @@ def verify(directory: str | os.PathLike[str]) -> None:
             size = (directory / entry["path"]).stat().st_size
             if size != entry["size"]:
                 raise CheckpointError(f"{directory / entry['path']}: {size} bytes, but {MANIFEST} says {entry['size']}")
-        for entry, sha256 in zip(entries, hashes(directory, listed), strict=True):
+        summed = [entry for entry in entries if sums_up_to is None or entry["size"] <= sums_up_to]
+        for entry, sha256 in zip(summed, hashes(directory, [entry["path"] for entry in summed]), strict=True):
             if sha256 != entry["sha256"]:
                 raise CheckpointError(f"{directory / entry['path']}: damaged, its sha256 differs from {MANIFEST}'s")
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or directory}: cannot be read ({error.strerror})") from error
+
+
+def verify_file(directory: Path, name: str) -> None:
+    """Returns if one file, by its name in the manifest, is byte for byte as that says. Raises as `verify`."""
+    expected = {entry["path"]: entry["sha256"] for entry in _read(directory)}
+    try:
+        if _sha256(directory / name) != expected.get(name):
+            raise CheckpointError(f"{directory / name}: damaged, its sha256 differs from {MANIFEST}'s")
     except OSError as error:
         raise CheckpointError(f"{error.filename or directory}: cannot be read ({error.strerror})") from error
 

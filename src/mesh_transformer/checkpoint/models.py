@@ -13,6 +13,7 @@ from mesh_transformer.checkpoint.huggingface import HuggingFaceWeights, looks_hu
 from mesh_transformer.checkpoint.legacy.finding import looks_legacy, open_legacy
 from mesh_transformer.checkpoint.lora import LORA, LoraWeights, open_base
 from mesh_transformer.checkpoint.native_weights import NativeWeights
+from mesh_transformer.checkpoint.quantized_weights import looks_quantized, open_quantized
 from mesh_transformer.checkpoint.weights import Weights
 from mesh_transformer.config.errors import CheckpointError
 from mesh_transformer.files import is_leftover
@@ -33,8 +34,9 @@ def open_weights(
     """Opens a model without reading its parameters.
 
     Args:
-        path: a run directory, a native checkpoint, a Hugging Face directory, an original step or model directory or an
-            archive of one, or, where no such path exists and the network allows, a Hub id `owner/name@revision`.
+        path: a run directory, a native checkpoint, a quantised model, a Hugging Face directory, an original step or
+            model directory or an archive of one, or, where no such path exists and the network allows, a Hub id
+            `owner/name@revision`.
         step: which checkpoint, where there are several; by default the newest intact one.
         config: the configuration of an original checkpoint; other formats hold their own.
         report: called with one line for each damaged checkpoint passed over, and each thing that was assumed.
@@ -50,6 +52,9 @@ def open_weights(
         )
     if not where.exists():
         where = _from_hub(os.fspath(path))
+    if looks_quantized(where):
+        _no_config(where, config, "a quantised model")
+        return open_quantized(where, step)
     if opening.looks_native(where):
         _no_config(where, config, "a native checkpoint")
         return _open_native(where, step, report)

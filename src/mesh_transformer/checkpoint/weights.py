@@ -26,7 +26,7 @@ from mesh_transformer.shapes import Params
 # The parameters, and Adam's two moments of each.
 Kind = Literal["params", "mu", "nu"]
 MOMENTS: tuple[Kind, Kind] = ("mu", "nu")
-Format = Literal["native", "huggingface", "legacy", "legacy-v2", "memory"]
+Format = Literal["native", "quantized", "huggingface", "legacy", "legacy-v2", "memory"]
 
 READERS = 4  # threads, unless a format says otherwise
 # What may be read ahead of its use, in bytes; one piece is always allowed.

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import typer
 
-from mesh_transformer.cli import bench_load
+from mesh_transformer.cli import bench_decode, bench_load, bench_serve
 
 app = typer.Typer(help="Measure, beside a peer in the same run.", no_args_is_help=True, rich_markup_mode=None)
+app.command("decode")(bench_decode.decode)
+app.command("serve")(bench_serve.serve)
 app.command("load")(bench_load.load)
 
 
@@ -20,7 +22,9 @@ def bench() -> None:
 @app.command("train")
 def train(
     preset: str = typer.Option("gpt-j-77m", help="The architecture."),
-    against: str = typer.Option("", metavar="hf", help="Peers, separated by commas, that take their steps in turn."),
+    against: str = typer.Option(
+        "", metavar="hf,torch", help="Peers, separated by commas, that take their steps in turn; torch: hf compiled."
+    ),
     dtypes: str = typer.Option("float32,bfloat16", help="Precisions, separated by commas."),
     batch_size: int = typer.Option(8, min=1, help="Sequences a step."),
     sequence_length: int = typer.Option(0, min=0, help="Default: the architecture's context."),
@@ -30,9 +34,8 @@ def train(
     out: Path | None = typer.Option(None, help="Write the JSON to this file too."),
 ) -> None:
     """Training speed: tokens a second, model FLOP/s, share of a bare matrix product, ratios to peers."""
-    import json
-
     from mesh_transformer.bench.train import bench_train
+    from mesh_transformer.cli.bench_output import finish, listed
     from mesh_transformer.cli.console import note
     from mesh_transformer.config.dtypes import dtype_name
     from mesh_transformer.config.presets import preset as preset_named
@@ -43,16 +46,12 @@ def train(
         batch_size=batch_size,
         sequence_length=sequence_length or model.n_ctx,
         dtypes=[dtype_name(d) for d in dtypes.split(",")],
-        against=[peer for peer in against.split(",") if peer],
+        against=listed(against),
         rounds=rounds,
         warmup=warmup,
         progress=note,
     )
-    text = json.dumps(result, indent=2)
-    if out is not None:
-        out.write_text(text + "\n", encoding="utf-8")
-    if json_:
-        typer.echo(text)
+    if finish(result, json_, out):
         return
     for name, figures in result["contenders"].items():
         rate, flops = figures["tokens_per_second"], figures["model_flops_per_second"]["median"]

@@ -18,6 +18,9 @@ def convert(
     target: Path = typer.Argument(help="Directory to write; of legacy formats, one named step_N holds the shards."),
     to: str = typer.Option(..., "--to", help="native, huggingface, legacy (the original's shards), legacy-v2 or peft."),
     dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16; default: as stored."),
+    quantize: str | None = typer.Option(
+        None, metavar="int8|int4|int4-128", help="Of --to native: round matrices to 8 or 4 bits, to be computed with."
+    ),
     shards: int = typer.Option(0, min=0, help="Of --to legacy; default: as the source, else at most 8."),
     with_optimizer: bool = typer.Option(False, "--with-optimizer", help="Adam's moments and the counts come along."),
     slim: bool = typer.Option(False, "--slim", help="As the original slims: no optimizer, float32 becomes bfloat16."),
@@ -45,6 +48,7 @@ def convert(
     dtype = dtype_name(dtype, key="--dtype") if dtype is not None else None
     if to == "peft":
         refused = {"--dtype": dtype, "--shards": shards, "--with-optimizer": with_optimizer, "--slim": slim}
+        refused |= {"--quantize": quantize}
         for flag in (flag for flag, given in refused.items() if given):
             raise UserError(f"{flag} is not for --to peft, which holds an adapter as it was trained; leave it out")
         _to_peft(open_weights(source, step=step, config=config, report=note), target, base, overwrite)
@@ -55,7 +59,9 @@ def convert(
     if slim and dtype is None and weights.main_dtype.name == "float32":
         dtype = "bfloat16"
     chosen = api.tokenizer_of(weights, tokenizer)
-    conversion = api.conversion(to, chosen, dtype=dtype, shards=shards, with_optimizer=with_optimizer)
+    conversion = api.conversion(
+        to, chosen, dtype=dtype, shards=shards, with_optimizer=with_optimizer, quantize=quantize
+    )
     with StageDisplay(in_bytes=True) as display:
         facts = run(weights, target, conversion, overwrite=overwrite, progress=display.progress)
     note(f"{target}: {facts['parameters']:,} parameters, {facts['target']['format']}")

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from mesh_transformer.api import Model
     from mesh_transformer.evaluate.running import RunOptions
     from mesh_transformer.evaluate.tasks import Tasks
+    from mesh_transformer.processes import Processes
 
+_TASKS_TIMEOUT = 3600.0  # seconds that one process may read data or a model beyond the others
 # lm-eval's flags that this command does not take, and why.
 _REFUSED = {
     "model": "the model is the argument MODEL",
@@ -106,9 +108,14 @@ def evaluate(
     words = _read(text) if text is not None else None
     n_rows = _batch_size(batch_size)
     start_session()
+    from mesh_transformer.cli.console import note
+    from mesh_transformer.processes import Watchdog, check_same, join, version_facts
 
+    processes = join(note)
+    if processes.count > 1:
+        check_same(processes, {"options": repr(sorted(context.params.items())), **version_facts()})
     found, options = None, None
-    if tasks:  # before the model, which may be big
+    if tasks:
         from mesh_transformer.evaluate.running import RunOptions
         from mesh_transformer.evaluate.tasks import load_tasks
 
@@ -125,20 +132,39 @@ def evaluate(
         )
         names = [name for each in tasks for name in each.replace(",", " ").split()]
         where = str(include_path) if include_path else None
-        found = load_tasks(names, include_path=where, num_fewshot=num_fewshot)
-    opened = open_model(model, dtype=dtype, tokenizer=tokenizer, step=step, config=config, mesh=mesh, quantize=quantize)
+        with processes.agree("tasks", _TASKS_TIMEOUT):  # before the model, which may be big
+            if processes.is_first:
+                found = load_tasks(names, include_path=where, num_fewshot=num_fewshot)
+    with processes.agree("opening of the model", _TASKS_TIMEOUT):
+        opened = open_model(
+            model, dtype=dtype, tokenizer=tokenizer, step=step, config=config, mesh=mesh, quantize=quantize,
+            together=processes.count > 1,
+        )  # fmt: skip
     results: dict[str, Any] = {}
-    if found is not None and options is not None:
-        results = _run_tasks(opened, found, options, legacy_prompts, n_rows)
-    if words is not None:
-        results["text"] = _score_text(opened, str(text), words, n_rows)
-    if output is not None:
-        _write(results, output, with_tasks=found is not None)
+    with Watchdog(processes, 0):
+        if options is not None:
+            results = _run_tasks(opened, found, options, processes, legacy_prompts, n_rows)
+        if words is not None:
+            results["text"] = _score_text(opened, str(text), words, n_rows, shown=processes.is_first)
+        if output is not None and processes.is_first:
+            _write(results, output, with_tasks=found is not None)
 
 
 def _run_tasks(
-    opened: Model, tasks: Tasks, options: RunOptions, legacy_prompts: bool, n_rows: int | None
+    opened: Model,
+    tasks: Tasks | None,
+    options: RunOptions,
+    processes: Processes,
+    legacy_prompts: bool,
+    n_rows: int | None,
 ) -> dict[str, Any]:
+    """The harness' results, shown; nothing in other processes than the first, which compute what that one says."""
+    if tasks is None:
+        from mesh_transformer.evaluate.together import Computing
+
+        model = opened.config, opened.params, opened.policy, opened.tokenizer, opened.layout
+        with Computing(*model, processes=processes, batch_size=n_rows).together():
+            return {}
     from mesh_transformer.cli.console import StageDisplay, note
     from mesh_transformer.evaluate.harness import HarnessModel
     from mesh_transformer.evaluate.running import SEEDS, run_tasks, tables
@@ -151,8 +177,10 @@ def _run_tasks(
             seed=(SEEDS[2] or 0) if seed is None else seed,
             batch_size=n_rows,
             progress=display.progress,
+            processes=processes,
         )
-        results = run_tasks(harness, tasks, options)
+        with harness.computing.together():
+            results = run_tasks(harness, tasks, options)
     if opened.source is not None:
         results["config"]["model_args"] = {"pretrained": str(opened.source.path), "step": opened.source.step}
     typer.echo(tables(results))
@@ -163,7 +191,8 @@ def _run_tasks(
     return results
 
 
-def _score_text(opened: Model, name: str, words: str, n_rows: int | None) -> dict[str, Any]:
+def _score_text(opened: Model, name: str, words: str, n_rows: int | None, *, shown: bool) -> dict[str, Any]:
+    """The text's figures; every process computes its part of them."""
     from mesh_transformer.cli.console import StageDisplay
     from mesh_transformer.config.errors import UserError
     from mesh_transformer.engine.scoring import Scorer
@@ -174,6 +203,8 @@ def _score_text(opened: Model, name: str, words: str, n_rows: int | None) -> dic
     scorer = Scorer(opened.config, opened.policy, opened.layout, most_rows=n_rows)
     with StageDisplay() as display:
         report = evaluate_text(scorer, opened.params, opened.tokenizer, words, display.progress)
+    if not shown:
+        return {}
     typer.echo(f"{name}: {report.tokens:,} tokens, {report.bytes:,} bytes, {report.words:,} words")
     typer.echo(
         f"{report.nats_per_token:.4f} nats a token (perplexity {report.token_perplexity:,.3f}), "

@@ -61,8 +61,9 @@ def options(
     """Train, sample, serve, convert and inspect GPT-J-class language models in JAX."""
     if version:
         from mesh_transformer.compat import version_report
+        from mesh_transformer.kernels.native import description
 
-        typer.echo(version_report())
+        typer.echo(version_report(description()))
         raise typer.Exit
 
 

@@ -14,7 +14,8 @@ Model = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: weights as stored.")]
 Quantize = Annotated[
-    str | None, typer.Option("--quantize", metavar="int8", help="Hold matrices in 8 bits; default: as stored.")
+    str | None,
+    typer.Option("--quantize", metavar="int8|int4|int4-128", help="Hold matrices in 8 or 4 bits; default: as stored."),
 ]
 Tokenizer = Annotated[
     str | None, typer.Option("--tokenizer", help="gpt2, bytes or a tokenizer.json; default: the model's own.")

@@ -57,10 +57,10 @@ def serve(
     missing = [package for package in _NEEDED if importlib.util.find_spec(package) is None]
     if missing:
         raise UserError(f"serve needs {', '.join(missing)}\ninstall it: pip install 'mesh-transformer[serve]'")
-    from mesh_transformer.cli.session import start_session
+    from mesh_transformer.cli.session import open_model, start_session
 
     start_session()
-    from mesh_transformer.cli.console import StageDisplay, note
+    from mesh_transformer.cli.console import note
     from mesh_transformer.serve.options import ServeOptions
     from mesh_transformer.serve.run import bind, is_loopback, run, url_of
     from mesh_transformer.serve.served import Served
@@ -81,13 +81,9 @@ def serve(
     with bind(host, port) as bound:
         if not is_loopback(bound) and checked.api_key is None:
             note(f"warning: whoever reaches {url_of(bound)} may use this server; give --api-key to ask for a key")
-        from mesh_transformer.api import load
-
-        how: dict[str, Any] = {"dtype": dtype, "tokenizer": tokenizer, "step": step, "config": config, "mesh": mesh}
-        if quantize is not None:
-            how["quantize"] = quantize
-        with StageDisplay(in_bytes=True) as display:
-            opened = load(model, **how, progress=display.progress)
+        opened = open_model(
+            model, dtype=dtype, tokenizer=tokenizer, step=step, config=config, mesh=mesh, quantize=quantize
+        )
         service = opened.service(max_batch=max_batch, max_queue=max_queue, when_full=when_full)
         served = Served(facts_of(opened, when_full, variant=f"{dtype} {quantize} {mesh}"), service, checked)
         status = run(served, bound, note)

@@ -3,8 +3,8 @@
 `gpt-j-6b` is the published model. `2.7b` to `23b` are the shapes on which the original reported throughput, all with
 GPT-J's vocabulary, context and rotary width (the original measured the three smaller ones on 256 byte values). `40b` is
 GPT-J enlarged to the size that the original named as its limit on TPU v3, a shape of this project's own.
-`gpt-j-77m` is the small model of the CPU benchmarks, `gpt-j-demo` is what `mesh-transformer demo` trains in minutes on
-two CPU cores; `gpt-j-tiny` is for tests.
+`gpt-j-77m` and `gpt-j-0.6b` are the models of the CPU benchmarks, `gpt-j-demo` is what `mesh-transformer demo` trains
+in minutes on two CPU cores; `gpt-j-tiny` is for tests.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ PRESETS: dict[str, ModelConfig] = {
     "gpt-j-23b": _gpt_j(28, 8192, 32),
     "gpt-j-40b": _gpt_j(64, 7168, 32),
     "gpt-j-77m": ModelConfig(n_layers=8, d_model=512, n_heads=8, n_vocab=50400, n_ctx=256, d_rotary=64),
+    "gpt-j-0.6b": _gpt_j(8, 2048, 16),
     "gpt-j-demo": ModelConfig(n_layers=4, d_model=256, n_heads=4, n_vocab=2048, n_ctx=128, d_rotary=32),
     "gpt-j-tiny": ModelConfig(n_layers=2, d_model=64, n_heads=4, n_vocab=512, n_ctx=128, d_rotary=8),
 }

@@ -10,11 +10,15 @@ from mesh_transformer.data.record import DataRecord, data_record
 from mesh_transformer.data.tokenizer import Tokenizer, from_bytes, load_tokenizer
 
 
-def tokenizer_for_data(spec: str | None, data: str | Mapping[str, str], n_vocab: int) -> Tokenizer | None:
-    """The tokenizer that `spec` names; else the one that the data's own record names; else `default_tokenizer`.
+def tokenizer_for_data(
+    spec: str | None, data: str | Mapping[str, str], n_vocab: int, otherwise: Tokenizer | None = None
+) -> Tokenizer | None:
+    """The tokenizer that `spec` names; else the one that the data's own record names; else `otherwise`; else
+    `default_tokenizer`.
 
     Args:
         data: where the data is, or where each set of a mixture is.
+        otherwise: that of the model which is trained on the data.
 
     Raises:
         DataError: it cannot be loaded, is not the one that the data was made with, or has more ids than the model; or
@@ -22,7 +26,7 @@ def tokenizer_for_data(spec: str | None, data: str | Mapping[str, str], n_vocab:
     """
     where, record = _record(data)
     named = spec or (record.tokenizer if record else None)
-    tokenizer = _load(named) if named else default_tokenizer(n_vocab)
+    tokenizer = _load(named) if named else otherwise or default_tokenizer(n_vocab)
     if tokenizer is None:
         return None
     if record and tokenizer.sha256 != record.tokenizer_sha256:

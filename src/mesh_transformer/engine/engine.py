@@ -17,9 +17,10 @@ import numpy as np
 
 from mesh_transformer.config.errors import UserError
 from mesh_transformer.data.tokenizer import Tokenizer
+from mesh_transformer.engine.checks import checked_prompt
 from mesh_transformer.engine.pages import SCRATCH, PagePool, chunk_width, page_size, table_width
 from mesh_transformer.engine.programs import Alternatives, Programs, Uses
-from mesh_transformer.engine.request import MOST_ALTERNATIVES, Output, Request, TokenLogprob
+from mesh_transformer.engine.request import Output, Request, TokenLogprob
 from mesh_transformer.engine.sequence import Sequence
 from mesh_transformer.engine.slots import empty_slots, slot_values
 from mesh_transformer.model.cache import empty_cache
@@ -62,6 +63,7 @@ class Engine:
         slide: bool = True,
         uses: Uses | None = None,
         together: bool = False,
+        ahead: int = 1,
     ) -> None:
         """
         Args:
@@ -73,10 +75,12 @@ class Engine:
             uses: what requests may ask for; by default everything.
             together: nothing is written until every prompt that has a slot has been read, and batches always have the
                 same size: fewer programs and steps, where somebody waits for all of the texts.
+            ahead: tokens that texts are given at a time, where they can be: less work for the host, text in larger
+                pieces, and up to so many less one computed in vain after a text has ended. On one device.
         """
         cfg, layout = programs.cfg, programs.layout
         self.programs, self.params, self.tokenizer, self.slide = programs, params, tokenizer, slide
-        self.uses, self.together = uses or Uses(), together
+        self.uses, self.together, self.ahead = uses or Uses(), together, ahead
         self.page_size = page_size(cfg.n_ctx)
         self.width = table_width(cfg.n_ctx)
         self.n_positions = max(n_positions or (16 if slide else 1) * cfg.n_ctx, cfg.n_ctx)
@@ -90,7 +94,7 @@ class Engine:
     def reset(self) -> None:
         """Forgets every text under way (not those that wait) and what the cache holds."""
         cfg, layout = self.programs.cfg, self.programs.layout
-        device = jax.local_devices()[0] if layout.mesh is None else layout.mesh.devices.flat[0]
+        device = jax.local_devices()[0] if layout.mesh is None else layout.mesh.local_devices[0]
         self.cache: Any = None  # so that the new one does not stand beside the old
         # Padding of the last chunk may lie beyond the last position.
         tables = 1 << (self.n_positions + self.page_size - 1).bit_length()
@@ -99,7 +103,9 @@ class Engine:
         # The last slot is that of rows which compute unheard.
         self.slots = empty_slots(self.max_batch + 1, cfg.n_vocab, device)
         self._pools = [PagePool(self._n_pages) for _ in range(self.n_groups)]
-        self._free = [collections.deque(range(self.slots_per_group)) for _ in range(self.n_groups)]
+        slots = range(self.max_batch)  # every group has its own
+        n = self.slots_per_group
+        self._free = [collections.deque(slots[at : at + n]) for at in range(0, self.max_batch, n)]
         self._promised = [0] * self.n_groups  # the most pages that the texts of a group can come to hold
         self.running: list[Sequence] = []
 
@@ -133,35 +139,9 @@ class Engine:
                 ids outside the vocabulary; more tokens are asked for than a text may have or the cache can hold; there
                 are stop strings but no tokenizer; an option has another value than it may.
         """
-        cfg, prompt, options = self.programs.cfg, list(request.prompt), request.options
-        if not prompt:
-            if self.end_of_text is None:
-                raise UserError("the prompt is empty and this model has no end-of-text token to start from")
-            prompt = [self.end_of_text]
-        if len(prompt) > cfg.n_ctx:
-            raise UserError(
-                f"the prompt has {len(prompt)} tokens but the model's context holds {cfg.n_ctx}; "
-                f"shorten it by {len(prompt) - cfg.n_ctx}"
-            )
-        outside = [t for t in [*prompt, *(t for t, _ in options.logit_bias)] if not 0 <= t < cfg.n_vocab]
-        if outside:
-            raise UserError(f"token id {outside[0]} is outside the model's vocabulary of {cfg.n_vocab} ids")
-        if self.tokenizer is None and options.stop:
-            raise UserError(
-                "stop strings are found in text, and this model has no tokenizer; give one, or leave them out"
-            )
-        if self.slide and len(prompt) + options.max_tokens > self.n_positions:
-            raise UserError(
-                f"max_tokens = {options.max_tokens} after a prompt of {len(prompt)} tokens is more than the "
-                f"{self.n_positions} tokens that a text may have here; ask for at most {self.n_positions - len(prompt)}"
-            )
-        if request.logprobs is not None and not 0 <= request.logprobs <= MOST_ALTERNATIVES:
-            raise UserError(
-                f"logprobs = {request.logprobs} is out of range: at least 0 and at most {MOST_ALTERNATIVES}"
-            )
-        if request.prompt_logprobs and request.logprobs is None:
-            raise UserError("prompt_logprobs needs logprobs: the number of alternatives, 0 for none")
-        if (needed := self._pages_of(len(prompt), options.max_tokens)) >= self._n_pages:
+        longest = self.n_positions if self.slide else None
+        prompt = checked_prompt(request, self.programs.cfg, self.tokenizer, longest=longest)
+        if (needed := self._pages_of(len(prompt), request.options.max_tokens)) >= self._n_pages:
             raise UserError(f"the text needs {needed} pages of the cache, which has {self._n_pages - 1}; ask for less")
         return prompt
 
@@ -330,31 +310,62 @@ class Engine:
         order: list[Sequence | None] = []
         for group in groups:
             order += [*group, *[None] * (of_group - len(group))]
+        n = self._n_ahead([each for each in order if each is not None])
         rows = np.zeros((len(order), 2 + self.width), np.int32)
         for row, each in zip(rows, order, strict=True):
             if each is not None:
-                self._take_page(each)
-                row[:] = each.tokens[-1], each.n_read, *each.pages
-                each.n_read += 1
+                row[:2] = each.tokens[-1], each.n_read
+                for _ in range(n):
+                    self._take_page(each)
+                    each.n_read += 1
+                row[2:] = each.pages
+        if n > 1:
+            return [self._write_several(rows, order, n)]
         logits, self.cache = self.programs.decode(self.params, self.cache, rows)
         return [self._choose(logits, order)]
+
+    def _n_ahead(self, heard: list[Sequence]) -> int:
+        """Tokens that every one of these texts gets before the host looks at them: `ahead`, or one where that would be
+        more than a text can still have or its pages can hold without one being given up.
+        """
+        longest = min(self.n_positions if self.slide else self.programs.cfg.n_ctx, self.width * self.page_size)
+        if self.programs.cfg.position == "fixed":
+            longest = min(longest, self.programs.cfg.n_ctx)
+        room = min(min(s.options.max_tokens - s.n_new, longest - len(s.tokens)) for s in heard)
+        return self.ahead if room >= self.ahead else 1
+
+    def _write_several(self, rows: np.ndarray, order: list[Sequence | None], n: int) -> _Work:
+        chosen, end, uses = self._choice(order)
+        tokens, scores, self.cache, self.slots = self.programs.write_several(
+            self.params, self.cache, self.slots, rows, chosen, end, n, uses
+        )
+
+        def deliver(found: tuple[np.ndarray, Alternatives | None]) -> list[Said]:
+            said = []
+            for i in range(n):
+                going_on = [None if s is None or s.done else s for s in order]
+                said += self._deliver(going_on, *jax.tree.map(lambda a: a[i], found))  # noqa: B023
+            return said
+
+        return _Work((tokens, scores), deliver)
 
     # ------------------------------------------------------------------------------------------ what came of it
 
     def _choose(self, logits: Any, order: list[Sequence | None]) -> _Work:
         """Next tokens for the rows that belong to a text."""
+        tokens, scores, self.slots = self.programs.choose(logits, self.slots, *self._choice(order))
+        scored = any(s.request.logprobs is not None for s in order if s is not None)
+        return _Work((tokens, scores if scored else None), lambda found: self._deliver(order, *found))
+
+    def _choice(self, order: list[Sequence | None]) -> tuple[np.ndarray, int, Uses]:
+        """What `Programs.choose` is told of the rows that belong to a text."""
         rows = np.full((len(order), 3), (self.max_batch, 0, 0), np.int32)
         for row, sequence in zip(rows, order, strict=True):
             if sequence is not None:
                 assert sequence.slot is not None
-                row[:] = sequence.slot, len(sequence.tokens), sequence.n_new < sequence.options.min_tokens
-        heard = [s for s in order if s is not None]
+                row[:] = sequence.slot, len(sequence.tokens), max(0, sequence.options.min_tokens - sequence.n_new)
         end = -1 if self.end_of_text is None else self.end_of_text
-        tokens, scores, self.slots = self.programs.choose(
-            logits, self.slots, rows, end, self.uses._replace(shaping=any(s.options.shapes for s in heard))
-        )
-        scored = any(s.request.logprobs is not None for s in heard)
-        return _Work((tokens, scores if scored else None), lambda found: self._deliver(order, *found))
+        return rows, end, self.uses._replace(shaping=any(s.options.shapes for s in order if s is not None))
 
     def _deliver(self, order: list[Sequence | None], tokens: np.ndarray, scores: Alternatives | None) -> list[Said]:
         said = []

@@ -13,6 +13,7 @@ import numpy as np
 
 from mesh_transformer.compat import alike_rows, n_compiled
 from mesh_transformer.config.model import ModelConfig
+from mesh_transformer.engine.pages import page_size
 from mesh_transformer.engine.request import MOST_ALTERNATIVES, Request
 from mesh_transformer.engine.slots import Slots, fill_slot
 from mesh_transformer.model.cache import KVCache
@@ -22,6 +23,10 @@ from mesh_transformer.sample.methods import next_tokens
 from mesh_transformer.shapes import Array, Float, Int, Params
 from mesh_transformer.sharding.layout import ONE_DEVICE_LAYOUT, Layout
 from mesh_transformer.sharding.rules import ONE_DEVICE, Rules
+
+# Columns of `rows` before the table of pages, and the fewest pages that a program is compiled for.
+_BEFORE_TABLE = 2
+_FEWEST_PAGES = 4
 
 
 class Alternatives(NamedTuple):
@@ -68,11 +73,15 @@ class Programs:
         self.cfg, self.policy, self.layout = cfg, policy, layout
         how: dict[str, Any] = {"cfg": cfg, "policy": policy, "rules": layout.rules}
         options, self.fewest_rows, product_rows = alike_rows(policy.dtype) if alike else (None, 1, 0)
+        if policy.few_rows == "native":  # its rows are alike however many; attention still differs between one and two
+            self.fewest_rows = 2
         if layout.mesh is None:
             how["policy"] = dataclasses.replace(policy, product_rows=product_rows)
         compile_ = functools.partial(jax.jit, donate_argnames="cache", compiler_options=options)
         self._prefill = compile_(functools.partial(prefill, n_copies=self.fewest_rows, **how))
         self._decode = compile_(functools.partial(decode, **how))
+        several = functools.partial(write_several, **how)
+        self._write = jax.jit(several, donate_argnames=("cache", "slots"), static_argnames=("n", "uses"))
         self._choose = jax.jit(choose, donate_argnames="slots", static_argnames="uses")
         self._fill = jax.jit(fill_slot, donate_argnames="slots")
 
@@ -80,6 +89,7 @@ class Programs:
         self, params: Params, cache: KVCache, tokens: np.ndarray, rows: np.ndarray, targets: np.ndarray | None = None
     ) -> tuple[Array, KVCache, Alternatives | None]:
         """See `prefill`. The logits lie on one device."""
+        rows = self.used_columns(rows, rows[:, 0] + tokens.shape[1] - 1)
         with self.layout.using():
             placed = [None if a is None else self.layout.place_rows(a) for a in (tokens, rows, targets)]
             logits, cache, scores = self._prefill(params, *placed, cache=cache)
@@ -87,9 +97,25 @@ class Programs:
 
     def decode(self, params: Params, cache: KVCache, rows: np.ndarray) -> tuple[Array, KVCache]:
         """See `decode`. The logits lie on one device."""
+        rows = self.used_columns(rows, rows[:, 1])
         with self.layout.using():
             logits, cache = self._decode(params, self.layout.place_rows(rows), cache=cache)
         return self._whole(logits), cache
+
+    def write_several(
+        self,
+        params: Params,
+        cache: KVCache,
+        slots: Slots,
+        rows: np.ndarray,
+        chosen: np.ndarray,
+        end: int,
+        n: int,
+        uses: Uses,
+    ) -> tuple[Array, Alternatives | None, KVCache, Slots]:
+        """See `write_several`. On one device."""
+        rows = self.used_columns(rows, rows[:, 1] + n - 1)
+        return self._write(params, rows, chosen, np.int32(end), cache=cache, slots=slots, n=n, uses=uses)
 
     def choose(
         self, logits: Array, slots: Slots, rows: np.ndarray, end: int, uses: Uses
@@ -101,10 +127,22 @@ class Programs:
         """See `slots.fill_slot`."""
         return self._fill(*values, slots=slots)
 
+    def used_columns(self, rows: np.ndarray, newest: np.ndarray) -> np.ndarray:
+        """Rows whose tables of pages have no more columns than a few widths allow and `newest` positions need.
+
+        Where attention is computed page by page nothing is gained by that; on accelerators it reads whole tables.
+        """
+        width = rows.shape[1] - _BEFORE_TABLE
+        used = int(newest.max()) // page_size(self.cfg.n_ctx) + 1
+        if self.policy.attention == "plain" or used >= width:
+            return rows
+        columns = max(_FEWEST_PAGES, 1 << (used - 1).bit_length())
+        return rows[:, : _BEFORE_TABLE + min(columns, width)]
+
     @property
     def n_compiled(self) -> int:
         """Programs compiled until now."""
-        return n_compiled(self._prefill, self._decode, self._choose, self._fill)
+        return n_compiled(self._prefill, self._decode, self._write, self._choose, self._fill)
 
     def _whole(self, value: Array) -> Array:
         """On one device: choosing the next tokens is little work."""
@@ -158,6 +196,38 @@ def decode(
     return rules.place(unembed(params, x, cfg, policy, rules)[:, 0], (None, None)), filled
 
 
+def write_several(
+    params: Params,
+    rows: Int[Array, "batch columns"],
+    chosen: Int[Array, "batch 3"],
+    end: Int[Array, ""],
+    *,
+    cache: KVCache,
+    slots: Slots,
+    n: int,
+    uses: Uses,
+    cfg: ModelConfig,
+    policy: ComputePolicy,
+    rules: Rules = ONE_DEVICE,
+) -> tuple[Int[Array, "n batch"], Alternatives | None, KVCache, Slots]:
+    """`decode` and `choose` in turn, n times over without the host: what is read next is what was just chosen.
+
+    rows, chosen, end: as they take them for the first time. Pages must be there for all n tokens. A text that ends on
+    the way goes on unheard.
+    """
+
+    def one(carry: tuple[Array, KVCache, Slots], i: Array) -> tuple[Any, Any]:
+        tokens, cache, slots = carry
+        now = jnp.concatenate([tokens[:, None], rows[:, 1:2] + i, rows[:, 2:]], axis=1)
+        logits, cache = decode(params, now, cache=cache, cfg=cfg, policy=policy, rules=rules)
+        tokens, scores, slots = choose(logits, chosen + i * jnp.array([0, 1, -1]), end, slots=slots, uses=uses)
+        return (tokens, cache, slots), (tokens, scores)
+
+    steps = jnp.arange(n, dtype=jnp.int32)
+    (_, cache, slots), (tokens, scores) = jax.lax.scan(one, (rows[:, 0], cache, slots), steps)
+    return tokens, scores, cache, slots
+
+
 def choose(
     logits: Float[Array, "batch vocab"],
     rows: Int[Array, "batch 3"],
@@ -168,8 +238,8 @@ def choose(
 ) -> tuple[Int[Array, " batch"], Alternatives | None, Slots]:
     """The next token of every row, its likelihood, and the slots that have counted it.
 
-    rows: slot, position of the new token, whether end-of-text is held off. end: the end-of-text id, negative if
-    there is none. Likelihoods are the model's own, and zeros where no row asks for them at the time.
+    rows: slot, position of the new token, for how many tokens end-of-text is held off. end: the end-of-text id,
+    negative if there is none. Likelihoods are the model's own, and zeros where no row asks for them at the time.
     """
     slot, positions, held_off = rows.T
     own = logits

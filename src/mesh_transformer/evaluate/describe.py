@@ -7,6 +7,7 @@ from typing import Any
 
 from mesh_transformer.checkpoint.lora import LoraWeights
 from mesh_transformer.checkpoint.names import count_in_shards
+from mesh_transformer.checkpoint.quantized_weights import QuantizedWeights
 from mesh_transformer.checkpoint.weights import Weights, stored_bytes, whole_shape
 from mesh_transformer.config.errors import ConfigError
 from mesh_transformer.model.params import count_params, named_specs
@@ -29,7 +30,10 @@ def describe(weights: Weights) -> dict[str, Any]:
     }
     with contextlib.suppress(ConfigError):  # not every shape can be cut so
         facts[f"parameters_in_{_ORIGINAL_SHARDS}_shards_replicas_counted"] = count_in_shards(cfg, _ORIGINAL_SHARDS)
-    facts["bytes"] = stored_bytes(weights)
+    quantized = weights if isinstance(weights, QuantizedWeights) else None
+    facts["bytes"] = quantized.n_bytes() if quantized else stored_bytes(weights)
+    if quantized:
+        facts |= {"quantize": quantized.quantize, "made_of": dict(quantized.source)}
     if weights.counters is not None:
         facts["optimizer"] = {
             "adam_count": weights.counters.adam,
@@ -44,7 +48,7 @@ def describe(weights: Weights) -> dict[str, Any]:
         path: {
             "axes": list(spec.axes),
             "shape": list(whole_shape(cfg, path)),
-            "dtype": weights.dtype_of(path).name,
+            "dtype": quantized.stored_as(path) if quantized else weights.dtype_of(path).name,
         }
         for path, spec in named_specs(cfg).items()
     }

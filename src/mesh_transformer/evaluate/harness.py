@@ -21,14 +21,15 @@ from mesh_transformer.api import Model, load  # noqa: E402
 from mesh_transformer.config.errors import UserError  # noqa: E402
 from mesh_transformer.config.model import ModelConfig  # noqa: E402
 from mesh_transformer.data.tokenizer import Tokenizer  # noqa: E402
-from mesh_transformer.engine.generator import Generator  # noqa: E402
 from mesh_transformer.engine.packing import Pair  # noqa: E402
 from mesh_transformer.engine.scoring import Progress, Scorer  # noqa: E402
 from mesh_transformer.evaluate.encoding import clean, encode_legacy, encode_pair, end_of_text  # noqa: E402
 from mesh_transformer.evaluate.generation import sampling_options  # noqa: E402
 from mesh_transformer.evaluate.perplexity import rolling_windows  # noqa: E402
+from mesh_transformer.evaluate.together import Computing  # noqa: E402
 from mesh_transformer.model.params import count_params  # noqa: E402
 from mesh_transformer.model.policy import ComputePolicy  # noqa: E402
+from mesh_transformer.processes import ONE, Processes  # noqa: E402
 from mesh_transformer.shapes import Params  # noqa: E402
 from mesh_transformer.sharding.layout import ONE_DEVICE_LAYOUT, Layout  # noqa: E402
 
@@ -56,6 +57,7 @@ class HarnessModel(LM):
         seed: int = 1234,
         batch_size: int | None = None,
         progress: Progress = _NOTHING,
+        processes: Processes = ONE,
     ) -> None:
         """
         Args:
@@ -64,6 +66,7 @@ class HarnessModel(LM):
             seed: of sampled texts; the completions of one prompt are numbered.
             batch_size: texts that are scored at one time; by default as many as fit, by their lengths.
             progress: called with a stage, what is done and what there is to do.
+            processes: that the layout spans; the harness runs in the first one, within `computing.together`.
 
         Raises:
             UserError: there is no tokenizer, or the layout has a pipeline.
@@ -71,10 +74,10 @@ class HarnessModel(LM):
         super().__init__()
         if tokenizer is None:
             raise UserError(f"this model has no tokenizer (n_vocab = {cfg.n_vocab}), and tasks are text; give one")
-        self.cfg, self.params, self._texts = cfg, params, tokenizer
-        self.scorer, self.n_written = Scorer(cfg, policy, layout, most_rows=batch_size), 0
+        self.cfg, self._texts, self.n_written = cfg, tokenizer, 0
+        how: dict[str, Any] = {"processes": processes, "batch_size": batch_size}
+        self.computing = Computing(cfg, params, policy, tokenizer, layout, **how)
         self.legacy_prompts, self.shared, self.seed, self.progress = legacy_prompts, shared, seed, progress
-        self._generator = Generator(cfg, params, policy, tokenizer, layout)
 
     @classmethod
     def of(cls, model: Model, **how: Any) -> HarnessModel:
@@ -83,8 +86,13 @@ class HarnessModel(LM):
 
     def with_params(self, params: Params) -> HarnessModel:
         """Itself, now with these parameters of the same shapes; nothing is compiled again."""
-        self.params = self._generator.params = params
+        self.computing.use(params)
         return self
+
+    @property
+    def scorer(self) -> Scorer:
+        """What scores, and counts what it did."""
+        return self.computing.scorer
 
     # What the harness asks of a model, under its names.
 
@@ -145,7 +153,7 @@ class HarnessModel(LM):
             prompts.append(ids[-(self.cfg.n_ctx - wanted.max_tokens) :])
             options.append(wanted)
         found, done = [""] * len(prompts), 0
-        for piece in self._generator.stream(prompts, options):
+        for piece in self.computing.stream(prompts, options):
             if piece.completion is not None:
                 found[piece.row], done = piece.completion.text, done + 1
                 self.n_written += len(piece.completion.tokens)
@@ -154,7 +162,7 @@ class HarnessModel(LM):
         return found
 
     def _score(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-        return self.scorer.score(self.params, pairs, shared=self.shared, progress=self.progress)
+        return self.computing.score(pairs, shared=self.shared, progress=self.progress)
 
     def _remember(self, kind: str, requests: list[Instance], answers: Sequence[Any]) -> None:
         for request, answer in zip(requests, answers, strict=True):
@@ -185,18 +193,34 @@ class LoadedHarnessModel(HarnessModel):
             pretrained: MODEL, as every command takes it. dtype to quantize: as `api.load`; `mesh` with ":" or "+" for
                 the commas that the harness takes for its own.
             legacy_prompts: as `HarnessModel`.
-            batch_size, max_batch_size: not used; texts are put together by their lengths.
+            batch_size: as `HarnessModel`; "auto" and 1, which the harness' command says unasked, are its default.
+            max_batch_size: not taken.
             device: where it is not "cuda:0", which the harness says unasked, that of JAX.
 
         Raises:
-            UserError: `device` is another, or as `HarnessModel`; and what `api.load` raises.
+            UserError: `device`, `batch_size` or `max_batch_size` is another, or as `HarnessModel`; and what `api.load`
+                raises.
         """
         kind = {"cuda": "gpu"}.get(str(device).partition(":")[0], str(device).partition(":")[0])
         if device not in (None, "cuda:0") and kind != jax.default_backend():
             raise UserError(f"device = {device!r}: JAX chooses it; set JAX_PLATFORMS=cpu, cuda or tpu instead")
+        if max_batch_size is not None:
+            raise UserError(
+                f"max_batch_size = {max_batch_size} is not taken: batch_size says how many rows there are at the most"
+            )
         laid = mesh.replace(":", ",").replace("+", ",") if mesh else None
         opened = load(
             str(pretrained), dtype=dtype, tokenizer=tokenizer, step=step, config=config, mesh=laid, quantize=quantize
         )
-        how: dict[str, Any] = {"legacy_prompts": legacy_prompts}
+        how: dict[str, Any] = {"legacy_prompts": legacy_prompts, "batch_size": _batch_size(batch_size)}
         super().__init__(opened.config, opened.params, opened.policy, opened.tokenizer, opened.layout, **how)
+
+
+def _batch_size(given: int | str | None) -> int | None:
+    """Rows at the most; None: by their lengths. lm-eval's command gives 1 where its user gave nothing."""
+    text = str(given)
+    if given is None or text == "1" or text.partition(":")[0] == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"batch_size = {given!r}: expected auto or a whole number of at least 1")
+    return int(text)

@@ -78,9 +78,9 @@ class KVCache:
         return dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v))
 
     def read(
-        self, layer: Int[Array, ""], pages: Int[Array, " batch"]
-    ) -> tuple[Float[Array, "batch kv_heads page head_dim"], Float[Array, "batch kv_heads page head_dim"]]:
-        """Keys and values of one page of every row."""
+        self, layer: Int[Array, ""], pages: Int[Array, "batch ..."]
+    ) -> tuple[Float[Array, "batch ... kv_heads page head_dim"], Float[Array, "batch ... kv_heads page head_dim"]]:
+        """Keys and values of one page of every row, or of several."""
         pages = self._grouped(pages)
 
         def read(held: Array) -> Array:
@@ -151,6 +151,8 @@ def attend(
 
     relative: the T5 biases of every distance, None without them.
     """
+    if policy.attention != "plain":
+        return attend_at_once(q, cache, layer, table, positions, relative, cfg, policy, rules)
     dot = functools.partial(
         jnp.einsum,
         preferred_element_type=jnp.float32,
@@ -178,3 +180,36 @@ def attend(
     n_used = jnp.minimum(jnp.max(newest) // size + 1, width)
     _, total, mixed = jax.lax.fori_loop(0, n_used, one_page, (none + MASKED, none, nothing))
     return jnp.moveaxis(mixed / total, 2, 1)
+
+
+def attend_at_once(
+    q: Float[Array, "batch seq heads head_dim"],
+    cache: KVCache,
+    layer: Int[Array, ""],
+    table: Int[Array, "batch width"],
+    positions: Int[Array, "batch seq"],
+    relative: Float[Array, "heads buckets"] | None,
+    cfg: ModelConfig,
+    policy: ComputePolicy,
+    rules: Rules,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """As `attend`, in two products over all pages of the table, used or not.
+
+    For accelerators, where a loop of so many turns as there are pages in use stops for the host to look at each turn.
+    The caller keeps the table short: `engine.programs.used_columns`.
+    """
+    dot = functools.partial(
+        jnp.einsum,
+        preferred_element_type=jnp.float32,
+        precision="highest" if policy.dtype == "float32" else None,
+    )
+    n_places = table.shape[1] * cache.page_size
+    k, v = cache.read(layer, table)
+    keys = key_positions(positions[:, -1], n_places, 0, n_places)
+    scores = dot("bqhd,bwhpd->bhqwp", q.astype(policy.jax_dtype), k)
+    scores = scores.reshape(*scores.shape[:3], n_places) / math.sqrt(cfg.d_head)
+    scores = scores + sliding_mask(positions, keys, cfg.n_ctx)
+    if relative is not None:
+        scores = scores + relative_bias(relative, positions, keys, cfg.n_ctx, rules.use(("heads", "batch", None, None)))
+    weights = jax.nn.softmax(scores, axis=-1).astype(policy.jax_dtype)
+    return dot("bhqwp,bwhpd->bqhd", weights.reshape(*weights.shape[:3], -1, cache.page_size), v)

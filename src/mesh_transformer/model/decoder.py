@@ -16,9 +16,10 @@ from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.model import layers
 from mesh_transformer.model.cache import KVCache, attend
 from mesh_transformer.model.lora import LowRank, map_parts
+from mesh_transformer.model.narrow import OfLayer
 from mesh_transformer.model.params import ParamSpec, is_multiplied, param_table
 from mesh_transformer.model.policy import ComputePolicy
-from mesh_transformer.model.quantize import Int8
+from mesh_transformer.model.quantize import Quantized
 from mesh_transformer.shapes import Array, Float, Int, Params
 from mesh_transformer.sharding.pipeline import run_stages
 from mesh_transformer.sharding.rules import ONE_DEVICE, STREAM, Axes, Rules
@@ -83,7 +84,8 @@ def hidden(
     documents = None if separator is None else jnp.cumsum(tokens == separator, axis=1, dtype=jnp.int32)
     own = positions if documents is None else positions - jax.lax.cummax(_begins(documents) * positions, axis=1)
     x = embed(params, tokens, own, cfg, policy, rules)
-    where = locate(params, positions, cache, pages, cfg, rules)
+    by_kernel = cache is None and layers.attention_kernel(cfg, policy, rules, seq, documents=separator is not None)
+    where = locate(params, positions, cache, pages, cfg, rules, masked=by_kernel in (False, "plain"))
     if documents is not None:
         assert cache is None and rules.n_stages == 1 and where.bias is not None
         same = documents[:, None, :, None] == documents[:, None, None, :]
@@ -125,8 +127,13 @@ def locate(
     pages: Array | None,
     cfg: ModelConfig,
     rules: Rules = ONE_DEVICE,
+    *,
+    masked: bool = True,
 ) -> Where:
-    """Masks, rotary angles and relative biases for queries at `positions` ([#batch seq])."""
+    """Masks, rotary angles and relative biases for queries at `positions` ([#batch seq]).
+
+    masked: whether attention without a cache needs a mask; without one it is left to a kernel.
+    """
     rows = None if cache is None else "batch"  # without a cache one row of positions stands for all
     where = Where(positions=positions, pages=pages)
     relative = None
@@ -137,7 +144,7 @@ def locate(
         split = rules.use((rows, "seq", None))
         sin, cos = (jnp.asarray(table).at[positions].get(out_sharding=split) for table in (sin, cos))
         where = dataclasses.replace(where, sin=sin, cos=cos)
-    if cache is not None:
+    if cache is not None or not masked:
         return dataclasses.replace(where, relative=relative)
     bias = layers.sliding_mask(positions, positions, cfg.n_ctx)
     if relative is not None:
@@ -163,22 +170,44 @@ def run_blocks(
     def one_layer(carry: tuple[Array, KVCache | None], inputs: tuple[Params, Array]) -> tuple[Any, None]:
         x, cache = carry
         p, layer = inputs
-        if policy.widen_by_layer:  # the barrier keeps XLA from taking this out of the loop, for all layers at once
-            x, held = jax.lax.optimization_barrier((x, stacked))
-            p = jax.tree.map(lambda w: layers.from_bits(layers.to_bits(w)[layer], w.dtype), held)
+        if not policy.cuts_layers:
+            x, p = of_layer(x, stacked, layer, specs, policy)
         return block(x, gather(p, specs, rules), where, cache, layer, cfg, policy, rules), None
 
     if policy.remat != "none" or rules.gathers:
         saved = {
             "none": _all_but_gathered,
-            "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            "dots": _products,
             "full": None,
         }
         one_layer = jax.checkpoint(one_layer, policy=saved[policy.remat])
     numbers = jnp.arange(n_layers, dtype=jnp.int32)
-    xs = ({}, numbers) if policy.widen_by_layer else (stacked, numbers)
+    xs = (stacked, numbers) if policy.cuts_layers else ({}, numbers)
     carry, _ = jax.lax.scan(one_layer, (x, cache), xs, unroll=n_layers if policy.unroll else 1)
     return carry
+
+
+def of_layer(
+    x: Float[Array, "batch seq embed"], stacked: Params, layer: Int[Array, ""], specs: Any, policy: ComputePolicy
+) -> tuple[Float[Array, "batch seq embed"], Params]:
+    """One layer of the parameters in inference, matrices left in their stack where products of few rows take it so;
+    and the stream, which what is done with them must wait for.
+    """
+    if policy.widen_by_layer:  # keeps XLA from taking the widening out of the loop, for all layers at once
+        x, stacked = jax.lax.optimization_barrier((x, stacked))
+
+    def one(spec: ParamSpec, w: Any) -> Any:
+        if isinstance(w, LowRank):
+            return dataclasses.replace(w, base=one(spec, w.base), a=w.a[layer], b=w.b[layer])
+        lazy = OfLayer(w, layer)
+        return lazy if is_multiplied(spec) and policy.few_rows != "plain" else lazy.cut()
+
+    return x, jax.tree.map(one, specs, stacked, is_leaf=lambda s: isinstance(s, ParamSpec))
+
+
+def _products(operation: Any, *_: Any, **settings: Any) -> bool:
+    """The checkpoint policy that keeps what `layers.kept` names, and all that cuDNN's attention gives."""
+    return settings.get("name") == layers.KEPT or operation.name.startswith("dot_product_attention_fwd")
 
 
 def _all_but_gathered(operation: Any, *_: Any, **settings: Any) -> bool:
@@ -222,8 +251,9 @@ def self_attention(
     if where.sin is not None and where.cos is not None:
         q, k = layers.rotate(q, where.sin, where.cos), layers.rotate(k, where.sin, where.cos)
     if cache is None:
-        assert where.bias is not None
+        q, k, v = (layers.kept(x, policy) for x in (q, k, v))
         mixed = layers.attention(q, k, v, where.bias, cfg, policy)
+        mixed = mixed if where.bias is None else layers.kept(mixed, policy)  # a kernel's own is kept as it is
     else:
         assert where.pages is not None
         cache = cache.write(layer, where.pages, where.positions, k, v)
@@ -277,13 +307,15 @@ def gather(params: Params, specs: Any, rules: Rules) -> Params:
         return used if rules.param(axes) == rules.use(axes) else checkpoint_name(used, _GATHERED)
 
     def one(w: Any, spec: ParamSpec) -> Any:
-        if isinstance(w, Int8 | LowRank):
+        if isinstance(w, OfLayer):  # on one device, where everything lies as it is used
+            return w
+        if isinstance(w, Quantized | LowRank):
             return map_parts(apart, spec, w)
         axes = spec.axes[len(spec.axes) - w.ndim :]
         used = rules.place_weight(w, axes) if waits(spec, w) else rules.place(w, axes)
         return used if rules.param(axes) == rules.use(axes) else checkpoint_name(used, _GATHERED)
 
-    return jax.tree.map(one, params, specs, is_leaf=lambda w: isinstance(w, Int8 | LowRank))
+    return jax.tree.map(one, params, specs, is_leaf=lambda w: isinstance(w, OfLayer | Quantized | LowRank))
 
 
 def waits(spec: ParamSpec, w: Any) -> bool:

@@ -14,41 +14,78 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from mesh_transformer.config.model import N_BUCKETS, ModelConfig
+from mesh_transformer.kernels import accelerators, biased
+from mesh_transformer.kernels import attention as attention_on_cpu
+from mesh_transformer.kernels import products as products_on_cpu
+from mesh_transformer.kernels.accelerators import Attention
 from mesh_transformer.model.lora import LowRank
+from mesh_transformer.model.narrow import OfLayer, from_bits, stored_product, to_bits
 from mesh_transformer.model.policy import ComputePolicy
-from mesh_transformer.model.quantize import Int8
+from mesh_transformer.model.quantize import Quantized
 from mesh_transformer.shapes import Array, Float, Int, Params
 from mesh_transformer.sharding.rules import Rules
 
 # Added to the scores of positions that may not be seen. Finite, as in the original: a row with nothing to see gives
 # equal weights, not NaN.
 MASKED = -1e10
+# The name of what `kept` keeps.
+KEPT = "kept"
 
 
 def product(
-    spec: str, x: Array, w: Array | Int8 | LowRank, policy: ComputePolicy, out_sharding: PartitionSpec | None = None
+    spec: str,
+    x: Array,
+    w: Array | Quantized | OfLayer | LowRank,
+    policy: ComputePolicy,
+    out_sharding: PartitionSpec | None = None,
 ) -> Float[Array, ...]:
     """einsum of an activation and a weight: factors rounded to the policy's dtype, summed and returned in float32.
 
     The two products of its gradient round their factors the same way, which plain differentiation would not do. A
     weight in 8 bits has no gradient, and the base of a `LowRank` none that is asked for.
     """
-    if 0 < policy.product_rows < x.shape[0]:
+    if 0 < policy.product_rows < x.shape[0] and not (policy.few_rows == "native" and x.shape[1] == 1):
         whole, n = dataclasses.replace(policy, product_rows=0), policy.product_rows
         parts = [x[i : i + n] for i in range(0, x.shape[0], n)]
         return jnp.concatenate([product(spec, part, w, whole, out_sharding) for part in parts])
     if isinstance(w, LowRank):
         base = product(spec, x, w.base, policy, out_sharding)
         return base + low_rank_product(spec, x, w.a, w.b, w.scale, policy, out_sharding)
-    if isinstance(w, Int8):
-        return _int8_product(spec, x, w, policy, out_sharding)
+    if policy.few_rows != "plain" or isinstance(w, OfLayer | Quantized):
+        return stored_product(spec, x, w, policy, out_sharding)
+    if "products" in policy.forms and out_sharding is None and on_one_device(x):
+        return _product_of_matrices(spec, x, w, policy)
     if policy.dtype == "float32":
         # "highest": accelerators would otherwise round float32 factors to fewer bits.
         return jnp.einsum(spec, x, w.astype(jnp.float32), precision="highest", out_sharding=out_sharding)
     return _rounded_product(spec, policy.dtype, out_sharding, x, w)
+
+
+def on_one_device(x: Array) -> bool:
+    """Whether no mesh divides the program that `x` is part of."""
+    return not jax.typeof(x).sharding.mesh.axis_names
+
+
+def _product_of_matrices(spec: str, x: Array, w: Array, policy: ComputePolicy) -> Array:
+    """`product` as one of matrices: contracted axes last in x and first in w, as all of a decoder's are."""
+    factors, out = spec.split("->")
+    x_axes, w_axes = factors.split(",")
+    n = sum(axis not in out for axis in w_axes)
+    assert x_axes[-n:] == w_axes[:n] and out == x_axes[:-n] + w_axes[n:], spec
+    k = math.prod(w.shape[:n])
+    rows = products_on_cpu.product(x.reshape(-1, k), w.reshape(k, -1), policy.dtype)
+    return rows.reshape(*x.shape[:-n], *w.shape[n:])
+
+
+def add_bias(y: Float[Array, "*lead out"], b: Float[Array, " out"], policy: ComputePolicy) -> Float[Array, "*lead out"]:
+    """y + b in float32."""
+    if "biases" in policy.forms and on_one_device(y):
+        return biased.add(y, b)
+    return biased.plain_add(y, b)
 
 
 def low_rank_product(
@@ -97,27 +134,6 @@ def _mesh_axes(spec: PartitionSpec) -> set[str]:
     return {name for entry in entries for name in (entry if isinstance(entry, tuple) else (entry,))}
 
 
-def _int8_product(spec: str, x: Array, w: Int8, policy: ComputePolicy, out_sharding: PartitionSpec | None) -> Array:
-    """The sum over whole numbers, which every dtype of a policy holds exactly, and then each channel's scale."""
-    factors, out = spec.split("->")
-    w_axes = factors.split(",")[1]
-    kept = "".join(axis for axis in w_axes if axis in out)
-    assert out.endswith(kept), f"{spec}: the weight's own axes must come last, in its order"
-    total = jnp.einsum(
-        spec,
-        x.astype(policy.dtype),
-        w.values.astype(policy.dtype),
-        preferred_element_type=jnp.float32,
-        precision="highest" if policy.dtype == "float32" else None,
-        out_sharding=out_sharding,
-    )
-    scale = jnp.squeeze(w.scale, tuple(i for i, axis in enumerate(w_axes) if axis not in out))
-    if out_sharding is not None and out_sharding.unreduced:  # a factor of parts of a sum must be the same for all
-        held = jax.typeof(scale).sharding.spec.partitions
-        scale = jax.sharding.reshard(scale, PartitionSpec(*held, reduced=out_sharding.unreduced))
-    return total * scale
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _rounded_product(spec: str, dtype: str, out_sharding: PartitionSpec | None, x: Array, w: Array) -> Array:
     factors = x.astype(dtype), w.astype(dtype)
@@ -161,16 +177,6 @@ def _laid_as(a: Array, out_sharding: PartitionSpec | None) -> PartitionSpec | No
 
 
 _rounded_product.defvjp(_rounded_product_forward, _rounded_product_backward)
-
-
-def to_bits(w: Array) -> Array:
-    """A 16-bit weight as integers: XLA on CPU widens whatever is done to such floats, and leaves integers alone."""
-    return jax.lax.bitcast_convert_type(w, jnp.uint16) if w.dtype.itemsize == 2 else w
-
-
-def from_bits(w: Array, dtype: Any) -> Array:
-    """The inverse of `to_bits`. Not differentiable."""
-    return jax.lax.bitcast_convert_type(w, dtype) if w.dtype == jnp.uint16 else w
 
 
 def norm(x: Float[Array, "batch seq embed"], p: Params, cfg: ModelConfig) -> Float[Array, "batch seq embed"]:
@@ -231,15 +237,22 @@ def attention(
     q: Float[Array, "batch seq heads head_dim"],
     k: Float[Array, "batch keys heads head_dim"],
     v: Float[Array, "batch keys heads head_dim"],
-    bias: Float[Array, "#batch #heads seq keys"],
+    bias: Float[Array, "#batch #heads seq keys"] | None,
     cfg: ModelConfig,
     policy: ComputePolicy,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """softmax(q k / sqrt(cfg.d_head) + bias) v; scores and weights in float32.
 
-    The root is that of the configured width, which in v2 is not the width of these heads.
+    The root is that of the configured width, which in v2 is not the width of these heads. Without a bias, what a
+    position may see is left to the policy's kernel (see `attention_kernel`).
     """
     dtype = policy.jax_dtype
+    if bias is None:
+        how: dict[str, Any] = {"scale": 1 / math.sqrt(cfg.d_head), "window": cfg.n_ctx}
+        narrow = (a.astype(dtype) for a in (q, k, v))
+        return accelerators.causal_attention(*narrow, kind=policy.attention, **how).astype(jnp.float32)
+    if "attention" in policy.forms and cfg.position != "t5" and on_one_device(q):
+        return attention_on_cpu.causal_attention(q, k, v, bias, 1 / math.sqrt(cfg.d_head), policy.dtype)
     dot = functools.partial(
         jnp.einsum,
         preferred_element_type=jnp.float32,
@@ -250,6 +263,39 @@ def attention(
     return dot("bhqk,bkhd->bqhd", weights.astype(dtype), v.astype(dtype))
 
 
+def attention_kernel(cfg: ModelConfig, policy: ComputePolicy, rules: Rules, seq: int, *, documents: bool) -> Attention:
+    """The kernel for attention without a cache; "plain" where the policy's does not serve, which is said once."""
+    if policy.attention == "plain":
+        return "plain"
+    reason = accelerators.why_plain(policy.attention, dtype=policy.dtype, head_dim=cfg.axis_sizes["head_dim"], seq=seq)
+    if cfg.position == "t5":
+        reason = "T5 positions add a bias to the scores"
+    elif documents:
+        reason = "documents are kept apart within a sequence"
+    elif rules.n_stages > 1:
+        reason = "layers are divided over a pipeline"
+    if reason is None:
+        return policy.attention
+    accelerators.say_once(policy.attention, reason)
+    return "plain"
+
+
+def kept(x: Float[Array, ...], policy: ComputePolicy) -> Float[Array, ...]:
+    """Under remat "dots": what the backward pass has at hand, rounded to the policy's dtype; otherwise `x`."""
+    if policy.remat != "dots":
+        return x
+    return checkpoint_name(x.astype(policy.jax_dtype), KEPT).astype(jnp.float32)
+
+
+def biased_gelu(
+    y: Float[Array, "*lead out"], b: Float[Array, " out"], policy: ComputePolicy
+) -> Float[Array, "*lead out"]:
+    """gelu(y + b) in its tanh form, float32."""
+    if "biases" in policy.forms and on_one_device(y):
+        return biased.gelu(y, b)
+    return biased.plain_gelu(y, b)
+
+
 def feed_forward(
     h: Float[Array, "batch seq embed"], p: Params, policy: ComputePolicy, rules: Rules
 ) -> Float[Array, "batch seq embed"]:
@@ -258,12 +304,12 @@ def feed_forward(
     act(h) is gelu(h w_in + b_in), or with a gate (h w_in + b_in) * gelu(h w_gate + b_gate).
     """
     split = rules.use(("batch", "seq", "mlp"))
-    wide = product("bse,em->bsm", h, p["w_in"], policy, split) + p["b_in"].astype(jnp.float32)
+    wide = kept(product("bse,em->bsm", h, p["w_in"], policy, split), policy)
     if "w_gate" in p:
-        gate = product("bse,em->bsm", h, p["w_gate"], policy, split) + p["b_gate"].astype(jnp.float32)
-        wide = wide * jax.nn.gelu(gate, approximate=True)
+        gate = kept(product("bse,em->bsm", h, p["w_gate"], policy, split), policy)
+        wide = add_bias(wide, p["b_in"], policy) * biased_gelu(gate, p["b_gate"], policy)
     else:
-        wide = jax.nn.gelu(wide, approximate=True)
+        wide = biased_gelu(wide, p["b_in"], policy)
     return product("bsm,me->bse", wide, p["w_out"], policy, rules.partial(("batch", "seq", "embed"), over="mlp"))
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.model.params import ParamSpec, Table, is_multiplied, map_table, named_specs
-from mesh_transformer.model.quantize import Int8, map_arrays
+from mesh_transformer.model.quantize import Quantized, map_arrays
 from mesh_transformer.shapes import Array, Params
 
 RANK = "rank"  # the logical axis between A and B; it is never divided over a mesh
@@ -28,9 +28,9 @@ RANK = "rank"  # the logical axis between A and B; it is never divided over a me
 class LowRank:
     """base + scale a b; stands in a parameter tree where the matrix `base` stood.
 
-    base: the matrix as stored, or an `Int8`. a: float32 [layers *inputs rank], b: float32 [layers rank *outputs], with
-    the matrix's own axes; all keep the leading `layers` axis that the matrix has, so that a slice over layers slices
-    all.
+    base: the matrix as stored, or a `Quantized`. a: float32 [layers *inputs rank], b: float32 [layers rank *outputs],
+    with the matrix's own axes; all keep the leading `layers` axis that the matrix has, so that a slice over layers
+    slices all.
     """
 
     base: Any
@@ -160,14 +160,14 @@ def merged(params: Params, cfg: ModelConfig) -> Params:
     """Every `LowRank` as the one matrix that it means: computed in float32, rounded once to the dtype of its base.
 
     Raises:
-        TypeError: a base is in 8 bits, which have no room for what was learned.
+        TypeError: a base is in 8 or 4 bits, which have no room for what was learned.
     """
 
     def one(spec: ParamSpec, leaf: Any) -> Any:
         if not isinstance(leaf, LowRank):
             return leaf
-        if isinstance(leaf.base, Int8):
-            raise TypeError("an adapter cannot be merged into a matrix in 8 bits")
+        if isinstance(leaf.base, Quantized):
+            raise TypeError("an adapter cannot be merged into a matrix in 8 or 4 bits")
         letters = {axis: chr(ord("a") + i) for i, axis in enumerate((*spec.axes, RANK))}
         a, b = ("".join(letters[axis] for axis in s.axes) for s in factor_specs(spec).values())
         whole = "".join(letters[axis] for axis in spec.axes)

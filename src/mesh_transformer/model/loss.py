@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from mesh_transformer.config.model import ModelConfig
+from mesh_transformer.kernels.cross_entropy import How, head_loss
+from mesh_transformer.model import layers
 from mesh_transformer.model.decoder import gather, hidden, unembed
 from mesh_transformer.model.params import param_table
 from mesh_transformer.model.policy import ComputePolicy
@@ -115,6 +117,28 @@ def score_tokens(
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(batch, n_chunks * width)[:, :seq], scores)
 
 
+def _has_own_gradient(head: Params, cfg: ModelConfig, policy: ComputePolicy, rules: Rules) -> bool:
+    """Whether head and loss are computed by kernels/cross_entropy.py: v1's loss of a head of one plain matrix on one
+    device.
+    """
+    plain = isinstance(head.get("w"), jax.Array) and rules.use(("batch", "seq", "vocab")) is None
+    return plain and "head" in policy.forms and cfg.architecture == "v1"
+
+
+def _score_with_gradient(
+    head: Params,
+    x: Float[Array, "batch seq embed"],
+    targets: Int[Array, "batch seq"],
+    weights: Float[Array, "batch seq"],
+    cfg: ModelConfig,
+    how: How,
+) -> tuple[Float[Array, ""], TokenScores]:
+    """The sum of weighted losses, z term included, whose gradient is computed beside it; and every target's scores."""
+    normed = layers.norm(x, head["ln"], cfg).reshape(-1, x.shape[-1])
+    total, scores = head_loss(normed, head["w"], head["b"], targets.reshape(-1), weights.reshape(-1), how)
+    return total, TokenScores(*(a.reshape(targets.shape) for a in scores))
+
+
 def z_term(scores: TokenScores, kind: ZLossKind) -> Float[Array, "batch seq"]:
     """Square of the log-sum of every token: after the maximum is subtracted ("legacy", the original's) or whole."""
     return jnp.square(scores.log_sum if kind == "legacy" else scores.log_partition)
@@ -148,14 +172,20 @@ def loss_report(
     """
     ids = jnp.where(rows < 0, ~rows, rows)
     counts = rules.after_stages.place(rows[:, 1:] >= 0, ("batch", "seq"))
-    scores = score_tokens(params, ids[:, :-1], ids[:, 1:], cfg, policy, rules, separator=separator)
     n = jnp.maximum(jnp.sum(counts), 1) if n_learned is None else n_learned
+    total = None
+    if _has_own_gradient(params["head"], cfg, policy, rules):
+        how = How(policy.dtype, z_loss, z_loss_kind == "log_partition", policy.loss_chunk)
+        x, _ = hidden(params, ids[:, :-1], cfg, policy, rules, separator=separator)
+        total, scores = _score_with_gradient(params["head"], x, ids[:, 1:], jnp.where(counts, 1 / n, 0.0), cfg, how)
+    else:
+        scores = score_tokens(params, ids[:, :-1], ids[:, 1:], cfg, policy, rules, separator=separator)
     mean = lambda values: jnp.sum(jnp.where(counts, values, 0.0)) / n  # noqa: E731
     loss = mean(scores.loss)
     z = z_loss * mean(z_term(scores, z_loss_kind)) if z_loss else jnp.zeros(())
     n_last = jnp.maximum(jnp.sum(counts[:, -1]), 1)
     return LossReport(
-        total=loss + z,
+        total=loss + z if total is None else total,
         loss=loss,
         z_loss=z,
         last=jnp.sum(jnp.where(counts[:, -1], scores.loss[:, -1], 0.0)) / n_last,

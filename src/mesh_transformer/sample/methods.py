@@ -69,7 +69,9 @@ def next_tokens(
     draw = lambda key, position, row: jax.random.categorical(  # noqa: E731
         jax.random.fold_in(jax.random.wrap_key_data(key), position), row
     )
-    drawn = jax.vmap(draw)(options.keys, positions, scaled).astype(jnp.int32)
+    all_drawn = lambda: jax.vmap(draw)(options.keys, positions, scaled).astype(jnp.int32)  # noqa: E731
+    # A random number for every id of the vocabulary takes longer than the choice itself.
+    drawn = jax.lax.cond(jnp.any(options.temperature > 0), all_drawn, lambda: greedy)
     return jnp.where(options.temperature > 0, drawn, greedy)
 
 

@@ -45,8 +45,8 @@ class Layout:
         return NamedSharding(self.mesh, spec or PartitionSpec())
 
     def place_rows(self, values: np.ndarray) -> jax.Array:
-        """[batch ...] of this process's own, each row with the device that computes it; see `padded_rows`."""
-        return jax.device_put(values, self.sharding(self.rules.use(("batch", *(None,) * (values.ndim - 1)))))
+        """[batch ...], the same in every process, each row with the device that computes it; see `padded_rows`."""
+        return place_array(values, self.sharding(self.rules.use(("batch", *(None,) * (values.ndim - 1)))))
 
     def padded_rows(self, n: int) -> int:
         """The next number of rows that the devices can share equally."""
@@ -82,8 +82,9 @@ def layout_for(run: RunConfig, *, n_processes: int = 1, devices: Sequence[Any] |
     return Layout(sizes=sizes, mesh=make_mesh(sizes, found), rules=rules)
 
 
-def inference_layout(mesh: MeshConfig, cfg: ModelConfig) -> Layout:
-    """The layout of a model that is computed with and not trained, on the devices of this process.
+def inference_layout(mesh: MeshConfig, cfg: ModelConfig, *, together: bool = False) -> Layout:
+    """The layout of a model that is computed with and not trained, on the devices of this process; where `together`,
+    on those of all processes, every one of them used.
 
     Raises:
         ConfigError: something does not divide, there are fewer devices, or an axis is of use in training alone.
@@ -94,11 +95,12 @@ def inference_layout(mesh: MeshConfig, cfg: ModelConfig) -> Layout:
                 f"mesh.{name} = {getattr(mesh, name)} is for training; a model that is not trained lies over "
                 "data and tensor, for example data=2,tensor=4"
             )
-    sizes = mesh_sizes(mesh, jax.local_device_count())
+    devices = jax.devices() if together else jax.local_devices()
+    sizes = mesh_sizes(mesh, len(devices), all_devices=together)
     check_model(sizes, cfg)
     if sizes.n_devices == 1:
         return ONE_DEVICE_LAYOUT
-    return Layout(sizes=sizes, mesh=make_mesh(sizes, jax.local_devices()), rules=rules_for(sizes))
+    return Layout(sizes=sizes, mesh=make_mesh(sizes, devices), rules=rules_for(sizes))
 
 
 def describe(layout: Layout, n_devices: int) -> str:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from mesh_transformer.checkpoint.lora import LORA, record_of
 from mesh_transformer.checkpoint.native import CheckpointStore
-from mesh_transformer.checkpoint.opening import check_model
+from mesh_transformer.checkpoint.opening import check_model, complete_steps
 from mesh_transformer.checkpoint.weights import Weights
 from mesh_transformer.config.errors import CheckpointError
 from mesh_transformer.config.run import RunConfig
 from mesh_transformer.data.legacy_state import position_of_loader_state
 from mesh_transformer.data.source import RecordSource
+from mesh_transformer.data.tokenizer import FILE_NAME as TOKENIZER_FILE
+from mesh_transformer.data.tokenizer import Tokenizer, from_bytes
 from mesh_transformer.sharding.layout import Layout
 from mesh_transformer.train import lora
 from mesh_transformer.train.advice import tuning_advice
@@ -39,6 +42,27 @@ class Start:
     position: int = 0
     checkpoint: int | None = None
     origin: Mapping[str, Any] | None = None
+
+
+def tokenizer_at_hand(run: RunConfig, checkpoints: Path | None, source: Weights | None) -> Tokenizer | None:
+    """What data that do not say their tokenizer are taken to be made with: where the run begins from a model, the
+    model's, and where it goes on, the one that its newest checkpoint keeps. None: there is none, or
+    `data.tokenizer` is set.
+
+    Args:
+        checkpoints: those that the run goes on from.
+        source: the model that the run begins from.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if run.data.tokenizer is not None:
+        return None
+    file = source.tokenizer_file() if source is not None else None
+    if checkpoints is not None:
+        kept = (checkpoints / str(step) / TOKENIZER_FILE for step in reversed(complete_steps(checkpoints)))
+        file = next((path for path in kept if path.is_file()), None)
+    return from_bytes(file.read_bytes(), name=str(file)) if file is not None else None
 
 
 def begun_from(

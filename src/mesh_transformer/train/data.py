@@ -35,21 +35,23 @@ class Data:
         return {"fingerprint": fingerprint, "sequence_length": self.train.sequence_length}
 
 
-def open_data(run: RunConfig, note: Callable[[str], None] | None = None) -> Data:
+def open_data(run: RunConfig, note: Callable[[str], None] | None = None, otherwise: Tokenizer | None = None) -> Data:
     """Opens every data set of the run and checks it against model and batch.
 
     Args:
         note: told what a user should know of the data, such as files that it names twice.
+        otherwise: the tokenizer of data of which neither `data.tokenizer` nor a record says it.
 
     Raises:
         DataError: one is missing, damaged, does not fit the model, or holds less than a batch.
         ConfigError: a weight of a mixture is too small.
     """
-    fits = {"sequence_length": run.data.sequence_length, "n_vocab": run.model.n_vocab}
     data = Data(
-        train=open_training(run.data.train, run.data.weights, note=note, **fits),
-        validation={name: open_source(where, note=note, **fits) for name, where in run.data.validation.items()},
-        tokenizer=tokenizer_for_data(run.data.tokenizer, run.data.train, run.model.n_vocab),
+        train=open_training(run.data.train, run.data.weights, note=note, **_fitting(run)),
+        validation={
+            name: open_source(where, note=note, **_fitting(run)) for name, where in run.data.validation.items()
+        },
+        tokenizer=tokenizer_for_data(run.data.tokenizer, run.data.train, run.model.n_vocab, otherwise),
         shuffle=run.data.shuffle,
     )
     TrainLoader(data.train, seed=run.seed, batch_size=run.train.batch_size)
@@ -86,11 +88,17 @@ def count_steps(run: RunConfig) -> RunConfig:
     """The run with `train.epochs` turned into steps by counting the training data; itself where it has no epochs.
 
     Raises:
-        DataError: as `open_data`.
+        DataError: as `open_data`, of the training data.
     """
     if run.train.epochs is None:
         return run
-    return dataclasses.replace(run, train=run.train.with_steps(len(open_data(run).train)))
+    training = open_training(run.data.train, run.data.weights, **_fitting(run))
+    return dataclasses.replace(run, train=run.train.with_steps(len(training)))
+
+
+def _fitting(run: RunConfig) -> dict[str, Any]:
+    """What data must suit."""
+    return {"sequence_length": run.data.sequence_length, "n_vocab": run.model.n_vocab}
 
 
 def separator_of(run: RunConfig, data: Data) -> int | None:

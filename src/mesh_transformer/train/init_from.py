@@ -13,6 +13,7 @@ import numpy as np
 
 from mesh_transformer.checkpoint.lora import LoraWeights
 from mesh_transformer.checkpoint.models import open_weights
+from mesh_transformer.checkpoint.quantized_weights import QuantizedWeights
 from mesh_transformer.checkpoint.run_directory import RunDirectory
 from mesh_transformer.checkpoint.weights import MOMENTS, Kind, Weights, assemble, stored_bytes
 from mesh_transformer.config.errors import CheckpointError, ConfigError
@@ -65,10 +66,17 @@ def open_model(run: RunConfig, init_from: InitFrom, note: Callable[[str], None],
         new: an earlier run in the run directory is going to be deleted.
 
     Raises:
-        CheckpointError: it cannot be opened, is of another architecture, lacks what is asked for, or would be deleted.
+        CheckpointError: it cannot be opened, is quantised, is of another architecture, lacks what is asked for, or
+            would be deleted.
         ConfigError: `train.steps` is not above the step to go on from.
     """
     weights = open_weights(init_from.model, step=init_from.step, config=init_from.config, report=note)
+    if isinstance(weights, QuantizedWeights):
+        raise CheckpointError(
+            f"{weights.where}: its matrices are rounded to {weights.quantize}, for computing and not for training\n"
+            "give --init-from the model that it was made of, or convert it with --dtype float32 to train from the "
+            "rounded weights"
+        )
     _check_architecture(run, weights)
     _check_counts(weights)
     if init_from.keep_schedule:

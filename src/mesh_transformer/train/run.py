@@ -19,6 +19,7 @@ import jax
 from mesh_transformer.checkpoint.native import CheckpointStore
 from mesh_transformer.checkpoint.opening import complete_steps
 from mesh_transformer.checkpoint.run_directory import RunDirectory
+from mesh_transformer.checkpoint.weights import Weights
 from mesh_transformer.config.errors import CheckpointError, RunError
 from mesh_transformer.config.load import to_toml
 from mesh_transformer.config.run import RunConfig
@@ -27,7 +28,7 @@ from mesh_transformer.data.tokenizer import Tokenizer
 from mesh_transformer.model.policy import ComputePolicy, default_policy
 from mesh_transformer.processes import ONE, Processes, StopAgreement, Watchdog, check_same, version_facts
 from mesh_transformer.sharding.layout import Layout, describe, layout_for
-from mesh_transformer.train.beginning import Start, begun_from, restored_or_random
+from mesh_transformer.train.beginning import Start, begun_from, restored_or_random, tokenizer_at_hand
 from mesh_transformer.train.data import (
     Data,
     count_steps,
@@ -75,7 +76,7 @@ class _Place:
 
 
 # Makes ready what evaluates parameters during the run; `evaluate.in_loop` has one.
-MakeEvaluate = Callable[[RunConfig, ComputePolicy, Tokenizer | None, Layout], Evaluate]
+MakeEvaluate = Callable[[RunConfig, ComputePolicy, Tokenizer | None, Layout, Processes], Evaluate]
 
 
 def train(
@@ -106,20 +107,46 @@ def train(
     if processes.count > 1:
         options = {"options": repr((new, init_from))}
         check_same(processes, {"configuration": to_toml(run), **options, **version_facts()})
-    with processes.agree("data and mesh"):
+    place, source = _opened(run, observer, processes, evaluate, new=new, init_from=init_from)
+    with _lost_processes(processes):
+        return _train_at(place, stop or StopRequest(), new=new, init_from=init_from, source=source)
+
+
+def _opened(
+    run: RunConfig,
+    observer: Observer,
+    processes: Processes,
+    evaluate: MakeEvaluate | None,
+    *,
+    new: bool,
+    init_from: InitFrom | None,
+) -> tuple[_Place, Weights | None]:
+    """Where the run takes place, and the model that it begins from if it does; opened and checked, nothing written."""
+    directory = RunDirectory(run.run_directory)
+    with processes.agree("length and mesh"):
         check_tracking(run)
         check_lora(run)
         run = count_steps(run)
         layout = layout_for(run, n_processes=processes.count)
-        data = open_data(run, observer.note)
+    begins = _begins(directory, processes, new)
+    source = None
+    with processes.agree("opening of the model"):
+        if begins:
+            check_beginning(run, init_from)
+        if init_from and begins:
+            source = open_model(run, init_from, observer.note, new=new)
+    with processes.agree("data"):
+        kept = tokenizer_at_hand(run, None if begins else directory.checkpoints, source)
+        data = open_data(run, observer.note, kept)
+        if source is not None and kept is not None and data.tokenizer is kept:
+            observer.note(f"the data do not say what tokenizer made them; taken to be the model's: {kept.name}")
         separator = separator_of(run, data)
         policy = default_policy(run.train.compute_dtype, run.train.remat)
         ready = None
         if run.evaluate.every:
             if evaluate is None:
                 raise ValueError("run.evaluate has tasks, and nothing was given to evaluate them with")
-            ready = evaluate(run, policy, data.tokenizer, layout)
-    directory = RunDirectory(run.run_directory)
+            ready = evaluate(run, policy, data.tokenizer, layout, processes)
     place = _Place(
         run=run,
         data=data,
@@ -131,30 +158,22 @@ def train(
         policy=policy,
         evaluate=ready,
     )
-    with _lost_processes(processes):
-        return _train_at(place, stop or StopRequest(), new=new, init_from=init_from)
+    return place, source
 
 
-def _train_at(place: _Place, stop: StopRequest, *, new: bool, init_from: InitFrom | None) -> Result:
+def _train_at(
+    place: _Place, stop: StopRequest, *, new: bool, init_from: InitFrom | None, source: Weights | None
+) -> Result:
     run, directory, processes, note = place.run, place.directory, place.processes, place.observer.note
-    # Before the lock, which makes the directory: a model that cannot be used leaves nothing behind.
-    source = None
-    begins = _begins(place, new)
-    with processes.agree("opening of the model"):
-        if begins:
-            check_beginning(run, init_from)
-        if init_from and begins:
-            source = open_model(run, init_from, note, new=new)
     with stop as request, contextlib.ExitStack() as stack:
         with processes.agree("run directory"):
             if processes.is_first:
                 stack.enter_context(directory.lock())
         begun = None
-        if init_from and source and _begins(place, new):
+        if init_from and source and _begins(directory, processes, new):
             # Read before the earlier run is deleted: the model's files may prove damaged.
             with processes.agree("reading of the model"):
                 begun = begun_from(run, place.data, init_from, source, note, place.layout)
-        del source  # its files are not needed again
         with processes.agree("clearing of the run directory"):
             if new and processes.is_first:
                 clear(directory)
@@ -181,10 +200,10 @@ def _train_at(place: _Place, stop: StopRequest, *, new: bool, init_from: InitFro
         return _train_from(start, place, store, request)
 
 
-def _begins(place: _Place, new: bool) -> bool:
+def _begins(directory: RunDirectory, processes: Processes, new: bool) -> bool:
     """Whether the run begins, as process 0 sees it."""
-    begins = new or not complete_steps(place.directory.checkpoints)
-    return bool(json.loads(place.processes.from_first("beginning", json.dumps(begins))))
+    begins = new or not complete_steps(directory.checkpoints)
+    return bool(json.loads(processes.from_first("beginning", json.dumps(begins))))
 
 
 def _train_from(start: Start, place: _Place, store: CheckpointStore, request: StopRequest) -> Result:
