@@ -45,7 +45,9 @@ def policies(dtype: str) -> dict[str, ComputePolicy]:
     whole = default_policy(dtype)
     change = functools.partial(dataclasses.replace, whole)
     found = {"all": whole}
-    found |= {f"without {form}": change(forms=CPU_FORMS - {form}) for form in sorted(CPU_FORMS)}
+    forms = default_policy(dtype).forms
+    found |= {f"without {form}": change(forms=forms - {form}) for form in sorted(forms)}
+    found |= {f"with {form}": change(forms=forms | {form}) for form in sorted(CPU_FORMS - forms)}
     found["without written-out layers"] = change(unroll=False)
     found["recomputing every layer"] = change(remat="full")
     found["plain forms"] = change(forms=frozenset())
@@ -90,7 +92,7 @@ def losses(model: ModelConfig, dtype: str, steps: int) -> dict[str, Any]:
     """Losses of the same steps in the fast and the plain forms; rows are arithmetic sequences, which can be learned."""
     train = TrainConfig(steps=steps, learning_rate=1e-3, batch_size=BATCH_SIZE, compute_dtype=dtype)
     found = {}
-    for name, forms in (("fast", CPU_FORMS), ("plain", frozenset[Any]())):
+    for name, forms in (("fast", default_policy(dtype).forms), ("plain", frozenset[Any]())):
         state = jax.jit(functools.partial(initial_state, model, train, 0))()
         policy = dataclasses.replace(default_policy(dtype), forms=forms)
         step, of_this = compiled(model, train, policy, state, rows_of(model, 0)), []

@@ -23,7 +23,7 @@ from mesh_transformer import compat
 from mesh_transformer.bench.ours import batch
 from mesh_transformer.config.presets import preset
 from mesh_transformer.config.run import TrainConfig
-from mesh_transformer.model.policy import CPU_FORMS, default_policy
+from mesh_transformer.model.policy import default_policy
 from mesh_transformer.train.state import initial_state
 from mesh_transformer.train.step import make_train_step
 
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/images/train-step-cpu.png"))
     options = parser.parse_args()
     compat.prepare_process()
-    forms: dict[str, frozenset[Any]] = {"fast forms": CPU_FORMS, "plain forms": frozenset()}
+    forms: dict[str, frozenset[Any]] = {"fast forms": default_policy(options.dtype).forms, "plain forms": frozenset()}
     draw(
         {f"{PRESET}, {options.dtype}, {name}": record(options.dtype, of) for name, of in forms.items()}, options.output
     )

@@ -55,7 +55,9 @@ product.defvjp(_product_forward, _product_backward)
 
 def gradients(x: Array, w: Array, g: Array, dtype: str) -> tuple[Array, Array]:
     """The gradients of x w, float32, for the gradient `g` ([rows, N]) of the product."""
-    return _dot(g, w, dtype, 1, 1), _dot(turned(x.astype(dtype)), g, dtype, 1, 0)
+    x = x.astype(dtype)
+    left = turned(x) if x.dtype.itemsize == 2 else x.T  # float32 factors are not widened, whichever way they lie
+    return _dot(g, w, dtype, 1, 1), _dot(left, g, dtype, 1, 0)
 
 
 def turned(x: Array) -> Array:
