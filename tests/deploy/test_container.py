@@ -93,7 +93,15 @@ def test_what_the_package_is_built_of_is_copied_before() -> None:
     before = {s for i in DOCKERFILE[:install] if i.name == "COPY" for s in i.words[:-1]}
     metadata = (ROOT / "pyproject.toml").read_text()
     assert 'readme = "README.md"' in metadata and 'license-files = ["LICENSE"]' in metadata
-    assert {"pyproject.toml", "CMakeLists.txt", "third_party", "README.md", "LICENSE", "src", "constraints.txt"} <= before
+    assert {
+        "pyproject.toml",
+        "CMakeLists.txt",
+        "third_party",
+        "README.md",
+        "LICENSE",
+        "src",
+        "constraints.txt",
+    } <= before
     assert names.index("COPY") < install
 
 

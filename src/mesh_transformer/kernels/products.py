@@ -3,8 +3,9 @@
 What decides (jaxlib 0.10.2; tests/kernels/test_fast_kernels.py looks at the compiled programs): a product of 16-bit
 factors is computed as such only if its result is float32 and its left factor does not lie transposed; otherwise both
 factors are first widened to float32. The left factor of a weight's gradient is a transposed activation. A plain
-transpose is folded into the product; one that goes through a third axis is carried out, and what is left is fast. The
-gradient of a bias, a sum over rows, is taken as a product with ones.
+transpose is folded into the product; one that goes through a third axis is carried out, and what is left is fast. (A
+product that sums over two axes, [batch seq], is put so by XLA itself.) The gradient of a bias, a sum over rows, is
+taken as a product with ones.
 """
 
 from __future__ import annotations
