@@ -140,6 +140,7 @@ def fake_engine(max_batch: int = 4, cfg: ModelConfig | None = None, **options: A
 def assert_idle(engine: Engine) -> None:
     """Every slot and page has come back, and nothing is promised."""
     assert not engine.running and not engine.waiting and not engine.busy
-    assert [sorted(free) for free in engine._free] == [list(range(engine.slots_per_group))] * engine.n_groups
+    n = engine.slots_per_group
+    assert [sorted(free) for free in engine._free] == [list(range(g * n, (g + 1) * n)) for g in range(engine.n_groups)]
     assert [pool.n_in_use for pool in engine._pools] == [0] * engine.n_groups
     assert engine._promised == [0] * engine.n_groups

@@ -64,7 +64,8 @@ class Programs:
     """One model's programs, compiled once for every shape; engines share them.
 
     alike: a text's logits are the same bit for bit whatever else is computed with it, on one CPU device. In
-    float32 that costs texts which are few (docs/serving.md, "The same answer"): products then have rows for more.
+    float32 and without the native kernels that costs texts which are few (docs/serving.md, "The same answer"):
+    products then have rows for more.
     """
 
     def __init__(

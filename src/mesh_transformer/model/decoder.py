@@ -166,6 +166,8 @@ def run_blocks(
     """`block` for every slice of the stacked parameters in turn; the stack may be a part of the model's layers."""
     specs = param_table(cfg)["layers"]
     n_layers = jax.tree.leaves(stacked)[0].shape[0]
+    if n_layers == 0:
+        return x, cache
 
     def one_layer(carry: tuple[Array, KVCache | None], inputs: tuple[Params, Array]) -> tuple[Any, None]:
         x, cache = carry
