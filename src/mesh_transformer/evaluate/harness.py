@@ -13,6 +13,7 @@ from mesh_transformer.evaluate.installed import require_harness
 require_harness()
 
 import jax  # noqa: E402
+import lm_eval.models  # noqa: E402, F401 - the harness' own names, which it looks up only where there are none yet
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.model import LM  # noqa: E402
 from lm_eval.api.registry import register_model  # noqa: E402

@@ -164,6 +164,7 @@ def run_blocks(
     rules: Rules,
 ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
     """`block` for every slice of the stacked parameters in turn; the stack may be a part of the model's layers."""
+    policy = _on(rules, policy)
     specs = param_table(cfg)["layers"]
     n_layers = jax.tree.leaves(stacked)[0].shape[0]
     if n_layers == 0:
@@ -187,6 +188,11 @@ def run_blocks(
     xs = (stacked, numbers) if policy.cuts_layers else ({}, numbers)
     carry, _ = jax.lax.scan(one_layer, (x, cache), xs, unroll=n_layers if policy.unroll else 1)
     return carry
+
+
+def _on(rules: Rules, policy: ComputePolicy) -> ComputePolicy:
+    """The policy on a mesh, if it is one: what multiplies few rows knows no mesh."""
+    return dataclasses.replace(policy, few_rows="plain") if rules.on_mesh else policy
 
 
 def of_layer(
@@ -272,6 +278,7 @@ def unembed(
     rules: Rules = ONE_DEVICE,
 ) -> Float[Array, "batch seq vocab"]:
     """Final norm and head."""
+    policy = _on(rules, policy)
     head = gather(params["head"], param_table(cfg)["head"], rules)
     x = rules.share(layers.norm(x, head["ln"], cfg), ("batch", "seq", "embed"), over="vocab")
     logits = layers.product("bse,ev->bsv", x, head["w"], policy, rules.use(("batch", "seq", "vocab")))
