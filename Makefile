@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 TEST_ARGS ?=
-# Processes that share the tests of `make test`, each file going to one of them.
+# Processes that share the tests of `make test` and `make test-peers`, each file going to one of them.
 TEST_WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -42,7 +42,7 @@ test: $(VENV)/test.stamp
 		--no-loadscope-reorder $(TEST_ARGS)
 
 test-peers: $(VENV)/peers.stamp
-	$(BIN)/python -m pytest -m "peers and not long" $(TEST_ARGS)
+	$(BIN)/python -m pytest -m "peers and not long" --numprocesses $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
 
 test-long: $(VENV)/peers.stamp
 	$(BIN)/python -m pytest -m long $(TEST_ARGS)

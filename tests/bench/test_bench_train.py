@@ -68,6 +68,7 @@ def test_against_hugging_face() -> None:
 
 
 @pytest.mark.peers
+@pytest.mark.long
 def test_against_compiled_hugging_face() -> None:
     result = run(["torch"], dtypes=("float32",))
     check(result, ["ours float32", "torch float32"])

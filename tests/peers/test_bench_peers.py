@@ -44,6 +44,7 @@ def test_decode_against_everybody() -> None:
     assert result["best"]["peers"] in expected
 
 
+@pytest.mark.long
 def test_serve_against_everybody() -> None:
     """`bench_serve` itself refuses a contender that writes less than was asked for."""
     result = bench_serve(
