@@ -17,8 +17,8 @@ from mesh_transformer.sample.options import Completion, Piece, SamplingOptions
 from mesh_transformer.shapes import Params
 from mesh_transformer.sharding.layout import ONE_DEVICE_LAYOUT, Layout
 
-# Where a token takes a few milliseconds, the host would take as long again for each; a person does not see that eight
-# come at a time.
+# Where a token takes a few milliseconds, the host's part of each counts; a person does not see that eight come at a
+# time.
 _AHEAD, _SMALL_BYTES = 8, 1 << 29
 # Texts under way at one time; more wait for their turn.
 _LARGEST_BATCH = 64

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mesh_transformer.shapes import Array, Float, Int
 
-# Bytes of a widened block (measured: benchmarks/blocked.py).
+# Bytes of a widened block: small enough for the second and third caches, large enough to be worth two threads.
 _BLOCK_BYTES = 8 << 20
 
 

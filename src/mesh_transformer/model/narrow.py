@@ -28,7 +28,7 @@ from mesh_transformer.model.policy import ComputePolicy
 from mesh_transformer.model.quantize import Int4, Int8, Quantized
 from mesh_transformer.shapes import Array, Float, Int
 
-# From here on XLA's products are faster than reading the weights again for every few rows.
+# So many rows share one pass of the native kernels over the weights.
 _MOST_FEW = 16
 
 

@@ -70,7 +70,7 @@ def next_tokens(
         jax.random.fold_in(jax.random.wrap_key_data(key), position), row
     )
     all_drawn = lambda: jax.vmap(draw)(options.keys, positions, scaled).astype(jnp.int32)  # noqa: E731
-    # A random number for every id of the vocabulary takes longer than the choice itself.
+    # Greedy rows have no use for a random number for every id of the vocabulary.
     drawn = jax.lax.cond(jnp.any(options.temperature > 0), all_drawn, lambda: greedy)
     return jnp.where(options.temperature > 0, drawn, greedy)
 
