@@ -19,6 +19,7 @@ import numpy as np
 
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.model.layers import MASKED, relative_bias, rotary_tables, sliding_mask
+from mesh_transformer.model.narrow import from_bits, to_bits
 from mesh_transformer.model.policy import ComputePolicy
 from mesh_transformer.shapes import Array, Float, Int
 from mesh_transformer.sharding.layout import ONE_DEVICE_LAYOUT, Layout
@@ -73,7 +74,10 @@ class KVCache:
         at = self._grouped(jnp.stack([jnp.zeros_like(pages) + layer, pages, positions % self.page_size], axis=-1))
 
         def write(held: Array, new: Array) -> Array:
-            return jax.lax.scatter(held, at, self._grouped(new.astype(held.dtype)), _WRITE, mode="promise_in_bounds")
+            # As integers: XLA on CPU would widen all of a 16-bit cache to write into it, and round it again.
+            places, values = to_bits(held), to_bits(self._grouped(new.astype(held.dtype)))
+            written = jax.lax.scatter(places, at, values, _WRITE, mode="promise_in_bounds")
+            return from_bits(written, held.dtype)
 
         return dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v))
 
@@ -85,8 +89,8 @@ class KVCache:
 
         def read(held: Array) -> Array:
             of_group = lambda pool, pages: pool.at[layer, pages].get(mode="promise_in_bounds")  # noqa: E731
-            found = jax.vmap(of_group, in_axes=(1, 0))(held, pages)
-            return found.reshape(-1, *found.shape[2:])
+            found = jax.vmap(of_group, in_axes=(1, 0))(to_bits(held), pages)
+            return from_bits(found.reshape(-1, *found.shape[2:]), held.dtype)
 
         return read(self.k), read(self.v)
 
