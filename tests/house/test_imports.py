@@ -17,7 +17,7 @@ ORDER = [
     ["engine"],
     ["api"],
     ["evaluate"],
-    ["bench", "demo", "cluster", "serve", "report"],
+    ["bench", "demo", "cluster", "serve", "report", "plan", "doctor"],
     ["cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
