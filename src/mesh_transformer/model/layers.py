@@ -23,7 +23,7 @@ from mesh_transformer.kernels import attention as attention_on_cpu
 from mesh_transformer.kernels import products as products_on_cpu
 from mesh_transformer.kernels.accelerators import Attention
 from mesh_transformer.model.lora import LowRank
-from mesh_transformer.model.narrow import OfLayer, from_bits, stored_product, to_bits
+from mesh_transformer.model.narrow import MOST_FEW, OfLayer, from_bits, stored_product, to_bits
 from mesh_transformer.model.policy import ComputePolicy
 from mesh_transformer.model.quantize import Quantized
 from mesh_transformer.shapes import Array, Float, Int, Params
@@ -48,7 +48,7 @@ def product(
     The two products of its gradient round their factors the same way, which plain differentiation would not do. A
     weight in 8 bits has no gradient, and the base of a `LowRank` none that is asked for.
     """
-    if 0 < policy.product_rows < x.shape[0] and not (policy.few_rows == "native" and x.shape[1] == 1):
+    if 0 < policy.product_rows < x.shape[0] and not (policy.few_rows == "native" and x.shape[1] <= MOST_FEW):
         whole, n = dataclasses.replace(policy, product_rows=0), policy.product_rows
         parts = [x[i : i + n] for i in range(0, x.shape[0], n)]
         return jnp.concatenate([product(spec, part, w, whole, out_sharding) for part in parts])

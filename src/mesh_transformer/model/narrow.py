@@ -28,8 +28,10 @@ from mesh_transformer.model.policy import ComputePolicy
 from mesh_transformer.model.quantize import Int4, Int8, Quantized
 from mesh_transformer.shapes import Array, Float, Int
 
-# So many rows share one pass of the native kernels over the weights.
-_MOST_FEW = 16
+# A chunk of a prompt has no more. Up to about twice as many rows, both ways are faster than widening all of a matrix.
+MOST_FEW = 64
+# XLA's loop reads and writes the sums of all outputs once a block; where they leave the cache it is no gain.
+_MOST_SUMS = 1 << 20
 
 
 @jax.tree_util.register_dataclass
@@ -74,15 +76,25 @@ def stored_product(
     n_summed = sum(axis not in out for axis in w_axes)
     assert x_axes.endswith(w_axes[:n_summed]) and out.endswith(w_axes[n_summed:]), spec
     rows = x.shape[: x.ndim - n_summed]
-    # A single token of every text is always few: where its neighbours must not show in its rounding, the kernel may
-    # not depend on how many there are.
-    few = rows[-1] == 1 or (math.prod(rows) <= _MOST_FEW and not policy.product_rows)
-    if policy.few_rows == "plain" or not few:
-        return _many_rows(spec, x, w, policy, out_sharding)
     stack = w if isinstance(w, OfLayer) else OfLayer(jax.tree.map(lambda a: a[None], w), jnp.int32(0))
+    if not _are_few(rows, _values(stack).shape[1 + n_summed :], policy):
+        return _many_rows(spec, x, w, policy, out_sharding)
     rounded = x.reshape(math.prod(rows), -1).astype(policy.dtype).astype(jnp.float32)
     y = (_native if policy.few_rows == "native" else _blocked)(rounded, _flat(stack, n_summed))
     return y.reshape(*rows, *_values(stack).shape[1 + n_summed :])
+
+
+def _are_few(rows: tuple[int, ...], outputs: tuple[int, ...], policy: ComputePolicy) -> bool:
+    """Whether so many rows are multiplied with weights as they are stored."""
+    if policy.few_rows == "native":
+        # Its rows are alike however many there are. Where neighbours must not show in a text's rounding, the choice
+        # between the two ways is the text's own.
+        return (rows[-1] if policy.product_rows else math.prod(rows)) <= MOST_FEW or rows[-1] == 1
+    if policy.few_rows == "plain":
+        return False
+    n = math.prod(rows)
+    few = n <= MOST_FEW and n * math.prod(outputs) <= _MOST_SUMS
+    return rows[-1] == 1 or (few and not policy.product_rows)
 
 
 def _values(w: OfLayer) -> Array:
@@ -108,6 +120,8 @@ def _native(x: Float[Array, "rows inputs"], w: OfLayer) -> Float[Array, "rows ou
 
 def _blocked(x: Float[Array, "rows inputs"], w: OfLayer) -> Float[Array, "rows outputs"]:
     values = _values(w)
+    if values.dtype.itemsize == 2:  # in a loop, XLA copies a whole stack of 16-bit floats before it begins
+        return jnp.dot(x, w.cut().astype(jnp.float32), precision="highest")
     n_stored, n_outputs = values.shape[1:]
     in_group = w.stacked.group // 2 if isinstance(w.stacked, Int4) else 1
     n_rows = blocked.block_rows(n_stored, n_outputs, in_group)

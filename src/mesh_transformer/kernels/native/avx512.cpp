@@ -8,7 +8,7 @@ namespace {
 struct Avx512 {
   using Vector = __m512;
   static constexpr size_t kLanes = 16;
-  static constexpr int vectors(int rows) { return rows == 8 ? 2 : 4; }
+  static constexpr int vectors(int rows) { return rows == 8 ? 2 : rows == 1 ? 8 : 4; }
   static Vector zero() { return _mm512_setzero_ps(); }
   static Vector set1(float f) { return _mm512_set1_ps(f); }
   static Vector load(const float* p) { return _mm512_loadu_ps(p); }

@@ -49,11 +49,11 @@ const Path* choose(const char* name) {
 size_t chunk_columns(const Problem& p, size_t threads) {
   const size_t bytes = p.kind == Kind::kFloat32 ? 4 : p.kind == Kind::kInt8 || p.kind == Kind::kInt4 ? 1 : 2;
   const size_t rows = p.rows < kRowsAtOnce ? p.rows : kRowsAtOnce;
-  // Two kilobytes of each stored row: long enough for what is fetched ahead, and several chunks for every thread.
+  // Two kilobytes of each stored row. Shorter pieces of a row are read at half the speed, so that a matrix of few columns
+  // rather gives every thread one chunk than several.
   size_t chunk = 2048 / bytes;
   if (chunk > kSums / rows) chunk = kSums / rows / kColumnStep * kColumnStep;
-  // At least four chunks for each thread, so that none waits long for another at the end.
-  while (chunk > kColumnStep && p.columns < 4 * threads * chunk) chunk = chunk / 2 / kColumnStep * kColumnStep;
+  while (chunk > kColumnStep && p.columns < threads * chunk) chunk = chunk / 2 / kColumnStep * kColumnStep;
   return chunk < kColumnStep ? kColumnStep : chunk;
 }
 
