@@ -41,7 +41,7 @@ def stored(spec: str, kind: str) -> tuple[Any, np.ndarray]:
     return held, np.asarray(held.astype(jnp.float32), np.float64)
 
 
-@pytest.mark.parametrize("rows", [(3, 1), (2, 6), (2, 40)])
+@pytest.mark.parametrize("rows", [(3, 1), (2, 24), (2, 40)])
 @pytest.mark.parametrize("few_rows", ["plain", "blocked", "native"])
 @pytest.mark.parametrize(
     ("spec", "kind"),
@@ -66,6 +66,19 @@ def test_equal_to_the_widened_matrix(spec: str, kind: str, few_rows: Any, rows: 
         found = multiplied(x, held, jnp.int32(layer))
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("rows", "product_rows", "read_as_stored"),
+    [((1, 64), 0, True), ((1, 65), 0, False), ((2, 32), 0, True), ((2, 33), 0, False), ((65, 1), 0, True)]
+    # Where neighbours must not show, the choice is each text's own.
+    + [((2, 33), 8, True), ((9, 64), 8, True), ((9, 65), 8, False)],
+)
+def test_a_chunk_of_a_prompt_is_few_rows(rows: tuple[int, int], product_rows: int, read_as_stored: bool) -> None:
+    held, _ = stored("bse,ev->bsv", "int8")
+    policy = ComputePolicy(few_rows="native", product_rows=product_rows)
+    program = jax.make_jaxpr(lambda x, w: product("bse,ev->bsv", x, w, policy))(jnp.zeros((*rows, 128)), held)
+    assert ("ffi_call" in str(program)) == read_as_stored
 
 
 @pytest.mark.parametrize("few_rows", ["blocked", "native"])
