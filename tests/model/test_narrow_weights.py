@@ -36,6 +36,27 @@ def test_equal_to_float32_copies(dtype: str, position: Any) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * float(jnp.abs(expected).max()))
 
 
+@pytest.mark.parametrize("compute", ["float32", "bfloat16", "float16"])
+def test_no_copy_of_the_cache(compute: str) -> None:
+    """A program that adds a token needs no more memory for a cache of many pages than for one of few."""
+    params, rows = abstract_params(CFG, jnp.bfloat16), jnp.ones((2, 4), jnp.int32)
+    policy = for_inference(ComputePolicy(dtype=compute), params, one_device=True)
+
+    def temporary(n_pages: int) -> tuple[int, int]:
+        cache = empty_cache(CFG, n_pages, 16, 16, policy.jax_dtype)
+
+        def step(params: Any, k: Any, v: Any) -> Any:
+            held = dataclasses.replace(cache, k=k, v=v)
+            logits, held = decode(params, rows, cache=held, cfg=CFG, policy=policy)
+            return logits, held.k, held.v
+
+        program = jax.jit(step, donate_argnums=(1, 2)).lower(params, cache.k, cache.v).compile()
+        return program.memory_analysis().temp_size_in_bytes, cache.k.nbytes
+
+    (few, small), (many, large) = temporary(3), temporary(103)
+    assert many - few < 0.01 * (large - small)
+
+
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize("program", [prefill, decode, forward])
 def test_no_copy_of_all_weights(program: Any, compute: str) -> None:

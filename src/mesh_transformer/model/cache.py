@@ -42,14 +42,21 @@ class KVCache:
     Rows of a batch that is divided over a mesh divide the pool too: the batch consists of as many groups of equal
     size as there are groups of pages, and page numbers count within a group. On one device there is one group.
 
-    k, v: [layers, groups, pages, kv_heads, page_size, head_dim] in the compute dtype. sin, cos: rotary tables over
-    every position that a text may reach, [positions, half_rotary] ([0, 0] without rotary positions).
+    k, v: [layers, groups, pages, kv_heads, page_size, head_dim] in `dtype`, the compute dtype, or, on CPU, the bits of
+    a 16-bit one as integers: inside a loop XLA there would copy or widen all of an array of such floats. sin, cos:
+    rotary tables over every position that a text may reach, [positions, half_rotary] ([0, 0] without rotary positions).
     """
 
     k: Array
     v: Array
     sin: Array
     cos: Array
+    dtype: Any = dataclasses.field(metadata={"static": True})
+
+    @property
+    def holds_bits(self) -> bool:
+        """Whether k and v are integers that stand for floats."""
+        return self.k.dtype != self.dtype
 
     @property
     def page_size(self) -> int:
@@ -74,10 +81,9 @@ class KVCache:
         at = self._grouped(jnp.stack([jnp.zeros_like(pages) + layer, pages, positions % self.page_size], axis=-1))
 
         def write(held: Array, new: Array) -> Array:
-            # As integers: XLA on CPU would widen all of a 16-bit cache to write into it, and round it again.
-            places, values = to_bits(held), to_bits(self._grouped(new.astype(held.dtype)))
-            written = jax.lax.scatter(places, at, values, _WRITE, mode="promise_in_bounds")
-            return from_bits(written, held.dtype)
+            values = self._grouped(new.astype(self.dtype))
+            values = to_bits(values) if self.holds_bits else values
+            return jax.lax.scatter(held, at, values, _WRITE, mode="promise_in_bounds")
 
         return dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v))
 
@@ -89,8 +95,8 @@ class KVCache:
 
         def read(held: Array) -> Array:
             of_group = lambda pool, pages: pool.at[layer, pages].get(mode="promise_in_bounds")  # noqa: E731
-            found = jax.vmap(of_group, in_axes=(1, 0))(to_bits(held), pages)
-            return from_bits(found.reshape(-1, *found.shape[2:]), held.dtype)
+            found = jax.vmap(of_group, in_axes=(1, 0))(held, pages)
+            return from_bits(found.reshape(-1, *found.shape[2:]), self.dtype)
 
         return read(self.k), read(self.v)
 
@@ -125,8 +131,11 @@ def empty_cache(
     shape = (cfg.n_layers, layout.sizes.batch_ways, n_pages, sizes["kv_heads"], page_size, sizes["head_dim"])
     held = layout.sharding(layout.rules.use(_POOL))
     sin, cos = rotary_tables(n_positions, cfg.d_rotary) if cfg.d_rotary else (np.zeros((0, 0)), np.zeros((0, 0)))
-    tables = (jax.device_put(table.astype(np.float32), layout.sharding()) for table in (sin, cos))
-    return KVCache(jnp.zeros(shape, dtype, device=held), jnp.zeros(shape, dtype, device=held), *tables)
+    sin, cos = (jax.device_put(table.astype(np.float32), layout.sharding()) for table in (sin, cos))
+    dtype = jnp.dtype(dtype)
+    stored = jnp.uint16 if dtype.itemsize == 2 and jax.default_backend() == "cpu" else dtype
+    k, v = (jnp.zeros(shape, stored, device=held) for _ in range(2))
+    return KVCache(k, v, sin, cos, dtype)
 
 
 def key_positions(
@@ -164,11 +173,14 @@ def attend(
     )
     width, size = table.shape[1], cache.page_size
     newest = positions[:, -1]
-    factors = q.astype(policy.jax_dtype)
+    # The exact products of 16-bit factors, summed in float32, are those of their float32 copies, which XLA on CPU
+    # multiplies faster.
+    rounded = lambda a: a.astype(policy.jax_dtype).astype(jnp.float32 if cache.holds_bits else policy.jax_dtype)  # noqa: E731
+    factors = rounded(q)
 
     def one_page(i: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         largest, total, mixed = so_far
-        k, v = cache.read(layer, jax.lax.dynamic_index_in_dim(table, i, axis=1, keepdims=False))
+        k, v = map(rounded, cache.read(layer, jax.lax.dynamic_index_in_dim(table, i, axis=1, keepdims=False)))
         keys = key_positions(newest, width * size, i * size, size)
         scores = dot("bqhd,bhkd->bhqk", factors, k) / math.sqrt(cfg.d_head) + sliding_mask(positions, keys, cfg.n_ctx)
         if relative is not None:
@@ -177,7 +189,7 @@ def attend(
         now = jnp.maximum(largest, jnp.max(scores, axis=-1, keepdims=True))
         weights, shrunk = jnp.exp(scores - now), jnp.exp(largest - now)
         total = total * shrunk + jnp.sum(weights, axis=-1, keepdims=True)
-        return now, total, mixed * shrunk + dot("bhqk,bhkd->bhqd", weights.astype(policy.jax_dtype), v)
+        return now, total, mixed * shrunk + dot("bhqk,bhkd->bhqd", rounded(weights), v)
 
     nothing = jnp.zeros_like(jnp.moveaxis(q, 1, 2))
     none = nothing[..., :1]
