@@ -8,7 +8,9 @@ import importlib.util
 import mmap
 import os
 import platform
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,31 @@ from mesh_transformer.config.errors import RunError
 TESTED_JAX = ("0.10.2",)
 
 
+_REPORTED = ("mesh-transformer", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "grain", "tokenizers")
+# Named where they are installed.
+_ACCELERATORS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu")
+
+
 def version_report(*more: str) -> str:
-    """One line a package, then those given, and whether this jax is one that the tests have run with."""
-    names = ("mesh-transformer", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "grain", "tokenizers")
+    """One line a package, Python and its system, then those given, and whether the tests have run with this jax.
+
+    Devices are not in it: to see them JAX would have to start (`mesh-transformer doctor` says which there are).
+    """
     lines = []
-    for name in names:
+    for name in _REPORTED:
         try:
             lines.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             lines.append(f"{name} (not installed)")
+    for name in _ACCELERATORS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            lines.append(f"{name} {importlib.metadata.version(name)}")
     jax_version = importlib.metadata.version("jax")
     tested = "tested" if jax_version in TESTED_JAX else f"not tested; tested: {', '.join(TESTED_JAX)}"
-    return "\n".join([*lines, f"python {platform.python_version()}", *more, f"this jax is {tested}"])
+    system = f"python {platform.python_version()} on {platform.system()} {platform.release()} {platform.machine()}"
+    asked = os.environ.get("JAX_PLATFORMS")
+    platforms = f"JAX_PLATFORMS={asked}" if asked else "JAX_PLATFORMS is not set"
+    return "\n".join([*lines, system, platforms, *more, f"this jax is {tested}"])
 
 
 def prepare_process() -> None:
@@ -57,20 +72,45 @@ def prepare_gpu() -> None:
 
     A flag that XLA does not know ends the process. Those that the installed libraries do not name are left out.
     """
-    plugin = _directory_of("jax_plugins.xla_cuda13") or _directory_of("jax_plugins.xla_cuda12")
-    platforms = os.environ.get("JAX_PLATFORMS", "cuda")
-    if plugin is None or not {"cuda", "gpu"} & set(platforms.split(",")):
+    plugin = cuda_plugin()
+    if plugin is None or not _asks_for_gpu():
         return
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY)
     given = os.environ.get("XLA_FLAGS", "")
-    # Both read XLA_FLAGS: the plugin, and jaxlib for the CPU.
-    readers = [list(directory.glob("*.so")) for directory in (plugin, _directory_of("jaxlib")) if directory]
     for flag in GPU_FLAGS:
         name = flag.partition("=")[0]
-        if name not in given and all(any(_names(file, name) for file in files) for files in readers):
+        if name not in given and not unknown_xla_flags([name]):
             given = f"{given} --{flag}".strip()
     if given:
         os.environ["XLA_FLAGS"] = given
+
+
+def cuda_plugin() -> Path | None:
+    """Where JAX's plugin for NVIDIA GPUs is installed; the newer, of two."""
+    return _directory_of("jax_plugins.xla_cuda13") or _directory_of("jax_plugins.xla_cuda12")
+
+
+def _asks_for_gpu() -> bool:
+    return bool({"cuda", "gpu"} & set(os.environ.get("JAX_PLATFORMS", "cuda").split(",")))
+
+
+def unknown_xla_flags(names: Sequence[str]) -> list[str]:
+    """Of these names of flags those that an installed reader of XLA_FLAGS does not have in it: XLA ends the process at
+    one. To find a name takes about 10 ms, to miss it 0.3 s.
+    """
+    # Both read XLA_FLAGS: the plugin, and jaxlib for the CPU.
+    directories = [_directory_of("jaxlib"), cuda_plugin() if _asks_for_gpu() else None]
+    readers = [list(directory.glob("*.so")) for directory in directories if directory]
+    return [name for name in names if not all(any(_names(file, name) for file in files) for files in readers)]
+
+
+def known_xla_flags() -> list[str]:
+    """Names that look like flags in the installed jaxlib, to find the one that was meant. Takes 0.3 s."""
+    found: set[bytes] = set()
+    for file in (_directory_of("jaxlib") or Path()).glob("*.so"):
+        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            found.update(re.findall(rb"\x00(xla_[a-z0-9_]{4,})\x00", content))
+    return sorted(name.decode() for name in found)
 
 
 def _directory_of(package: str) -> Path | None:
@@ -143,6 +183,28 @@ def _ask_for_huge_pages() -> bool:
     advised: bool = madvise(first, begin + size - first, _MADV_HUGEPAGE) == 0
     free(begin)
     return advised
+
+
+def allocator_fault() -> tuple[str, str] | None:
+    """(what is not as `prepare_process` wants it in this process, how to mend that); None if nothing."""
+    if platform.system() != "Linux" or _in_huge_pages:
+        never = "[never]" in _system_setting("kernel/mm/transparent_hugepage/enabled")
+        mend = "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled, as root"
+        return ("the system gives no huge pages: training on a CPU is slower", mend) if never else None
+    if os.environ.get("MESH_TRANSFORMER_ALLOCATOR") == "default":
+        fault = "left alone, as MESH_TRANSFORMER_ALLOCATOR says: memory is paid for anew in every step"
+        return fault, "unset MESH_TRANSFORMER_ALLOCATOR"
+    return (
+        "not in huge pages: addresses are counted here, or the C library is not glibc; training on a CPU is slower",
+        "vm.overcommit_memory must not be 2, and neither `ulimit -v` nor `ulimit -d` set",
+    )
+
+
+def _system_setting(name: str) -> str:
+    try:
+        return Path("/sys", name).read_text(encoding="ascii")
+    except OSError:
+        return ""
 
 
 def give_memory_back() -> None:

@@ -51,6 +51,20 @@ class RunDirectory:
         finally:
             os.close(descriptor)
 
+    def holder(self) -> str | None:
+        """The process that holds the lock, in words; None if nobody does. Makes nothing."""
+        try:
+            descriptor = os.open(self.lock_file, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _holder(descriptor)
+        finally:
+            os.close(descriptor)
+        return None
+
     def cut_metrics(self, step: int) -> None:
         """Drops from metrics.jsonl, in one atomic change, lines of steps after `step` and a torn end.
 

@@ -50,6 +50,7 @@ def train(
     start_session()
     from mesh_transformer.cli.console import TrainingDisplay, note, stopped_note
     from mesh_transformer.config.load import load_run_config
+    from mesh_transformer.doctor import faults_before_start, faults_of_run
     from mesh_transformer.evaluate.in_loop import evaluation_of
     from mesh_transformer.processes import join
     from mesh_transformer.sharding.mesh import device_count
@@ -61,6 +62,8 @@ def train(
     begin_from = begin_from_options(
         init_from, fresh_optimizer=fresh_optimizer, keep_schedule=keep_schedule, step=init_step, config=init_config
     )
+    for fault in faults_before_start():  # a wrong flag ends the process as soon as JAX starts
+        note(fault.as_line())
     processes = join(note)
     with processes.agree("configuration"):
         run, notes = load_run_config(config, set_, n_devices=device_count)
@@ -69,6 +72,8 @@ def train(
             check_new(run, new=new, yes=yes)
     for line in notes if processes.is_first else ():
         note(line)
+    for fault in faults_of_run(run, processes.count) if processes.is_first else ():
+        note(fault.as_line())
     with contextlib.ExitStack() as stack:
         observer: Observer = Silence()
         if processes.is_first:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import zlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import BinaryIO
 
 from mesh_transformer.config.errors import DataError
@@ -28,20 +29,31 @@ def plain_file(path: str | os.PathLike[str]) -> str:
         DataError: the file is missing, or is neither plain records nor a complete ZLIB stream.
     """
     path = os.fspath(path)
-    if "zstd" not in path:
+    expanded = place_of_copy(path)
+    if expanded is None:
         return path
-    facts = places.facts(path)
-    header = next(places.read_blocks(path, min(facts.size, HEADER_BYTES)), b"")[:HEADER_BYTES]
-    if not header or is_header(header):
-        return path
-    name = path if places.is_url(path) else os.path.realpath(path)
-    key = hashlib.sha256(f"{name}\0{facts.size}\0{facts.version}".encode()).hexdigest()[:16]
-    expanded = cache_directory() / "expanded" / f"{os.path.basename(path)[-100:]}.{key}.tfrecords"
     if not expanded.exists():
         make_directory(expanded.parent)
         with atomic_writer(expanded) as target:
-            _expand(path, places.read_blocks(path, facts.size), target)
+            _expand(path, places.read_blocks(path, places.facts(path).size), target)
     return str(expanded)
+
+
+def place_of_copy(path: str) -> Path | None:
+    """Where the expanded copy of a file is, or would be made; None where the file is read as it is.
+
+    Raises:
+        DataError: the file is missing.
+    """
+    if "zstd" not in path:
+        return None
+    facts = places.facts(path)
+    header = next(places.read_blocks(path, min(facts.size, HEADER_BYTES)), b"")[:HEADER_BYTES]
+    if not header or is_header(header):
+        return None
+    name = path if places.is_url(path) else os.path.realpath(path)
+    key = hashlib.sha256(f"{name}\0{facts.size}\0{facts.version}".encode()).hexdigest()[:16]
+    return cache_directory() / "expanded" / f"{os.path.basename(path)[-100:]}.{key}.tfrecords"
 
 
 def _expand(path: str, blocks: Iterable[bytes], target: BinaryIO) -> None:

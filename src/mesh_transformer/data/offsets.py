@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import google_crc32c
@@ -19,6 +21,21 @@ from mesh_transformer.data.tfrecord import scan_headers, scan_offsets
 _MAGIC = b"MTOFFS01"
 # magic, the record file's size in bytes and its version (places.Facts), number of records
 _HEADER = struct.Struct("<8sQQQ")
+
+
+# Whether what was found is kept. Not a variable of the context: remote files are opened on other threads.
+_keeping = True
+
+
+@contextlib.contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Within it `record_lengths`, on whatever thread, reads what is kept and writes nothing."""
+    global _keeping
+    before, _keeping = _keeping, False
+    try:
+        yield
+    finally:
+        _keeping = before
 
 
 def record_lengths(path: str) -> np.ndarray:
@@ -47,7 +64,7 @@ def record_lengths(path: str) -> np.ndarray:
     head = _HEADER.pack(_MAGIC, facts.size, facts.version, lengths.size)
     data = head + lengths.astype("<i8").tobytes()
     data += struct.pack("<I", google_crc32c.value(data))
-    for candidate in kept:
+    for candidate in kept if _keeping else []:
         try:
             make_directory(candidate.parent)
             write_atomic(candidate, data)

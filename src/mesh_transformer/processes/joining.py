@@ -66,7 +66,7 @@ def join(report: Callable[[str], None], *, timeout: float | None = None) -> Proc
     seconds = _timeout(os.environ) if timeout is None else timeout
     if compat.is_distributed():
         return _together(report, seconds)
-    place = _from_variables(os.environ) or _from_cluster(os.environ, seconds)
+    place = place_in_variables(os.environ) or _from_cluster(os.environ, seconds)
     if place is None or place.count == 1:
         return ONE
     report(f"process {place.index} of {place.count}; process 0 is at {place.address}")
@@ -91,7 +91,12 @@ def _timeout(environment: Mapping[str, str]) -> float:
     return seconds
 
 
-def _from_variables(environment: Mapping[str, str]) -> _Place | None:
+def place_in_variables(environment: Mapping[str, str]) -> _Place | None:
+    """What the JAX_ variables say; None without them.
+
+    Raises:
+        ConfigError: they are incomplete or contradict themselves; the message names the variable.
+    """
     values = {name: environment.get(name, "") for name in (ADDRESS, COUNT, INDEX)}
     if not any(values.values()):
         return None

@@ -90,6 +90,35 @@ def begun_from(
     return start
 
 
+def check_goes_on(metadata: Mapping[str, Any], run: RunConfig, data: Mapping[str, Any], where: Path) -> None:
+    """Returns if the run may go on from the checkpoint at `where`.
+
+    Args:
+        data: `Data.record` of the run's data; of a part of it that part alone is compared.
+
+    Raises:
+        CheckpointError: it is of another model, seed, adapter or data.
+    """
+    try:
+        check_model(metadata, run.model, where)
+    except CheckpointError as error:
+        raise CheckpointError(f"{str(error).partition(chr(10))[0]}\n{_CHANGED}") from error
+    there = metadata.get("data", {})
+    adapter = record_of(run.lora, run.model)
+    unchanged = {
+        "[lora] (rank, alpha or targets)": (metadata.get(LORA), adapter.to_dict() if adapter else None),
+        "seed": (metadata.get("seed"), run.seed),
+    }
+    described = {
+        "sequence_length": "data.sequence_length",
+        "fingerprint": "list of data files (their names, sizes or order)",
+    }
+    unchanged |= {name: (there.get(key), data[key]) for key, name in described.items() if key in data}
+    for name, (before, now) in unchanged.items():
+        if before != now:
+            raise CheckpointError(f"{where}: was trained with another {name}: {before}, now {now}\n{_CHANGED}")
+
+
 def _position(run: RunConfig, data: Data, init_from: InitFrom, source: Weights) -> int | None:
     """Where the interrupted run of the original stood, if the data are read in the order in which it read them."""
     state = source.extras.get("train_loader")
@@ -130,23 +159,7 @@ def restored_or_random(
         begin = jax.jit(functools.partial(initial_state, run.model, run.train, run.seed), out_shardings=where)
         return Start(begin())
     metadata = store.read_metadata(newest)
-    try:
-        check_model(metadata, run.model, store.path(newest))
-    except CheckpointError as error:
-        raise CheckpointError(f"{str(error).partition(chr(10))[0]}\n{_CHANGED}") from error
-    there, here = metadata.get("data", {}), data.record
-    adapter = record_of(run.lora, run.model)
-    unchanged = {
-        "[lora] (rank, alpha or targets)": (metadata.get(LORA), adapter.to_dict() if adapter else None),
-        "seed": (metadata.get("seed"), run.seed),
-        "data.sequence_length": (there.get("sequence_length"), here["sequence_length"]),
-        "list of data files (their names, sizes or order)": (there.get("fingerprint"), here["fingerprint"]),
-    }
-    for name, (before, now) in unchanged.items():
-        if before != now:
-            raise CheckpointError(
-                f"{store.path(newest)}: was trained with another {name}: {before}, now {now}\n{_CHANGED}"
-            )
+    check_goes_on(metadata, run, data.record, store.path(newest))
     began_from = metadata.get("init_from")
     if run.lora:
         state, began_from = lora.restored(run, store, newest, init_from, note, layout)

@@ -13,25 +13,10 @@ from typing import Any
 
 import jax
 
+from mesh_transformer.config.devices import peak_flops_of
 from mesh_transformer.config.errors import CheckpointError
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.model.params import count_matmul_params
-
-# Dense bfloat16 peak of one device in FLOP/s, from the makers' data sheets, by how the name that JAX reports begins;
-# the longest beginning counts.
-PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989e12,
-    "TPU v2": 45e12 / 2,  # a device is one of the two cores of a chip
-    "TPU v3": 123e12 / 2,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,  # v5p's own name
-    "TPU v6 lite": 918e12,
-}
 
 
 def flops_per_token(cfg: ModelConfig, sequence_length: int) -> int:
@@ -44,10 +29,9 @@ def flops_per_token(cfg: ModelConfig, sequence_length: int) -> int:
 
 
 def peak_flops(n_devices: int) -> float | None:
-    """Peak of so many devices together; None where the device is not in the table (a CPU)."""
-    kind = jax.devices()[0].device_kind
-    known = [name for name in PEAK_FLOPS if kind.startswith(name)]
-    return PEAK_FLOPS[max(known, key=len)] * n_devices if known else None
+    """Bfloat16 peak of so many devices together; None where the device is not in the table (a CPU)."""
+    peak = peak_flops_of(jax.devices()[0].device_kind)
+    return None if peak is None else peak * n_devices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
