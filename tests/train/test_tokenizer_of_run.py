@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from run_cases import MODEL, Listener, Toy
+from run_cases import MODEL, Listener, T, Toy
 
 import mesh_transformer as mt
 from mesh_transformer.config.run import RunConfig
+from mesh_transformer.data.record import DataRecord, write_data_record
 from mesh_transformer.data.tokenizer import FILE_NAME, Tokenizer, from_bytes, load_tokenizer, train_bpe
 from mesh_transformer.model.params import abstract_params
 from mesh_transformer.train.init_from import InitFrom
@@ -51,6 +53,28 @@ def test_data_that_do_not_say_theirs_have_the_model_s(tmp_path: Path, toy: Toy, 
     again = Listener()
     train(later, again)
     assert kept(later, 2).sha256 == OWN.sha256 and not [note for note in again.notes if "tokenizer" in note]
+
+
+def test_data_that_name_the_model_s_are_not_said_to_be_silent(tmp_path: Path, toy: Toy) -> None:
+    """The same tokenizer from two places is one object."""
+    params: Any = jax.tree.map(lambda a: jnp.full(a.shape, 0.02, a.dtype), abstract_params(CFG))
+    tokenizer = load_tokenizer("bytes")
+    mt.Model(CFG, params, tokenizer).save(tmp_path / "model")
+    data = tmp_path / "data"
+    shutil.copytree(toy.directory, data)
+    record = DataRecord(
+        tokenizer="bytes",
+        tokenizer_sha256=tokenizer.sha256,
+        n_vocab=tokenizer.n_vocab,
+        sequence_length=T,
+        sequences=1,
+        validation_sequences=0,
+    )
+    write_data_record(data / "train.json", record)
+    run, listener = run_to(toy, tmp_path / "run", 1, train=str(data / "train.index")), Listener()
+    train(run, listener, init_from=InitFrom(model=str(tmp_path / "model")))
+    assert kept(run, 1).sha256 == tokenizer.sha256
+    assert not [note for note in listener.notes if "tokenizer" in note]
 
 
 def test_begun_again_the_earlier_run_s_is_forgotten(tmp_path: Path, toy: Toy, model: InitFrom) -> None:

@@ -38,6 +38,15 @@ def tokenizer_for_data(
     return tokenizer
 
 
+def tokenizer_is_said(spec: str | None, data: str | Mapping[str, str]) -> bool:
+    """Whether `spec`, or else the data's own record, names a tokenizer.
+
+    Raises:
+        DataError: the sets of a mixture were made with different ones.
+    """
+    return spec is not None or _record(data)[1] is not None
+
+
 def _record(data: str | Mapping[str, str]) -> tuple[str, DataRecord | None]:
     """The record of the data, of a mixture the first set's that has one, and where that is."""
     if isinstance(data, str):

@@ -16,6 +16,7 @@ from mesh_transformer.checkpoint.opening import check_model, complete_steps
 from mesh_transformer.checkpoint.weights import Weights
 from mesh_transformer.config.errors import CheckpointError
 from mesh_transformer.config.run import RunConfig
+from mesh_transformer.data.choice import tokenizer_is_said
 from mesh_transformer.data.legacy_state import position_of_loader_state
 from mesh_transformer.data.source import RecordSource
 from mesh_transformer.data.tokenizer import FILE_NAME as TOKENIZER_FILE
@@ -46,17 +47,16 @@ class Start:
 
 def tokenizer_at_hand(run: RunConfig, checkpoints: Path | None, source: Weights | None) -> Tokenizer | None:
     """What data that do not say their tokenizer are taken to be made with: where the run begins from a model, the
-    model's, and where it goes on, the one that its newest checkpoint keeps. None: there is none, or
-    `data.tokenizer` is set.
+    model's, and where it goes on, the one that its newest checkpoint keeps. None: there is none, or the data do say.
 
     Args:
         checkpoints: those that the run goes on from.
         source: the model that the run begins from.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: it cannot be read, or the sets of a mixture were made with different ones.
     """
-    if run.data.tokenizer is not None:
+    if tokenizer_is_said(run.data.tokenizer, run.data.train):
         return None
     file = source.tokenizer_file() if source is not None else None
     if checkpoints is not None:
