@@ -15,7 +15,7 @@ import pytest
 LIGHT = {"mesh_transformer", "typer", "click", "annotated_doc", "shellingham", "typing_extensions"}
 LIGHT |= {"pydantic", "pydantic_core", "annotated_types", "typing_inspection"}
 COMMANDS = [(), ("demo",), ("prepare",), ("train",), ("generate",), ("convert",), ("inspect",), ("bench",)]
-COMMANDS += [("serve",), ("bench", "train"), ("launch",), ("evaluate",), ("report",)]
+COMMANDS += [("serve",), ("bench", "train"), ("launch",), ("evaluate",), ("report",), ("doctor",), ("plan",)]
 COMMANDS += [("tpu",), ("tpu", "create"), ("tpu", "status"), ("tpu", "run"), ("tpu", "delete")]
 
 RUN_MAIN = """

@@ -15,10 +15,13 @@ from mesh_transformer.cli import (
     bench,
     convert,
     demo,
+    doctor,
     evaluate,
+    examples,
     generate,
     inspect,
     launch,
+    plan,
     prepare,
     report,
     serve,
@@ -34,13 +37,13 @@ app = typer.Typer(
     name="mesh-transformer",
     help="Train, sample, serve, convert and inspect GPT-J-class language models in JAX.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 app.command("demo")(demo.demo)
 app.command("prepare")(prepare.prepare)
+app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("launch")(launch.launch)
 app.command("generate")(generate.generate)
@@ -49,8 +52,10 @@ app.command("evaluate", context_settings={"ignore_unknown_options": True, "allow
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("report")(report.report)
+app.command("doctor")(doctor.doctor)
 app.add_typer(bench.app, name="bench")
 app.add_typer(tpu.app, name="tpu")
+examples.add_to(app)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,0 +1,88 @@
+"""What a device sends in a training step, and how long that takes: the ring formulas of docs/parallelism.md."""
+
+from __future__ import annotations
+
+import functools
+
+from mesh_transformer.config.devices import Device
+from mesh_transformer.config.model import ModelConfig
+from mesh_transformer.config.run import RunConfig
+from mesh_transformer.model.params import is_multiplied, named_specs, size
+from mesh_transformer.plan.work import ITEMSIZE, Work
+
+
+def sent_bytes(run: RunConfig, work: Work) -> dict[str, float]:
+    """Bytes that one device sends in a step, by what they are; scalars left out.
+
+    Gathered matrices are rounded to the compute dtype before they are sent, as TPUs' compiler does, and of a sum of
+    which a device keeps a part only that part is sent on, a reduce-scatter.
+    """
+    sizes, cfg, parts = work.sizes, run.model, run.train.gradient_accumulation
+    batch, stages, tensor, fsdp = sizes.batch_ways, sizes.pipeline, sizes.tensor, sizes.fsdp
+    held = _held(cfg, tensor, stages)
+    stacked, head, vectors, tables = (held[name] for name in ("matrices", "head", "vectors", "tables"))
+    micro, ticks = work.microbatches, work.ticks
+    often = ticks if stages > 1 else 1
+    each_layer = run.mesh.zero == 3 and run.train.gather == "per_layer"
+    waiting = 0.0 if stages > 1 else stacked
+    in_passes = tables + often * (vectors + stacked if stages > 1 else vectors)
+    sums = 2 * _share(batch) * parts * in_passes
+    sums += 2 * (_share(sizes.data) * waiting + _share(sizes.data * stages) * head) / fsdp
+    sums += _share(fsdp) * (parts if each_layer else 1) * (waiting + head)
+    sent = {"gradients": 4 * sums}
+    if fsdp > 1 and each_layer:  # the backward pass gathers a layer again; the head is kept from the forward pass
+        rounded, exact = (1 + often) * stacked + head, (1 + often) * vectors + tables
+        sent["gathered parameters"] = _share(fsdp) * parts * (ITEMSIZE[work.dtype] * rounded + 4 * exact)
+    elif fsdp > 1:
+        what = "gathered parameters" if run.mesh.zero == 3 else "updated parameters"
+        sent[what] = _share(fsdp) * 4 * (stacked + head + vectors + tables)
+    stream = 4 * work.rows * micro * run.data.sequence_length * cfg.d_model
+    passes = cfg.n_layers / stages * often / micro
+    divided = run.mesh.shard_sequence and tensor > 1
+    a_layer = 3 * ITEMSIZE[work.dtype] / 4 + (4 if stages > 1 else 2) if divided else 4
+    beside = (3 if divided else 2) * (1 + 1 / stages)
+    sent["tensor"] = parts * (a_layer * passes + beside) * _share(tensor) * stream
+    if stages > 1:  # to the next stage and back; what enters the stages, and what leaves them
+        between = stream / (tensor if divided else 1)
+        sent["pipeline"] = parts * (2 * ticks / micro + 2 * _share(stages) + 2) * between
+    return {what: amount for what, amount in sent.items() if amount}
+
+
+def link_seconds(sent: dict[str, float], work: Work, device: Device) -> dict[str, float]:
+    """`sent_bytes` at the full speed of the links that each goes over, one thing after the other."""
+    sizes = work.sizes
+    batch = sizes.batch_ways
+    over = {
+        "gradients": (batch, sizes.tensor),
+        "tensor": (sizes.tensor, 1),
+        "pipeline": (sizes.pipeline, sizes.tensor * batch),
+    } | dict.fromkeys(("updated parameters", "gathered parameters"), (sizes.fsdp, sizes.tensor))
+    return {what: amount / ring_speed(device, *over[what]) for what, amount in sent.items()}
+
+
+def ring_speed(device: Device, n: int, inner: int) -> float:
+    """Bytes a second that each of n devices sends along a ring; `inner` devices lie between two that follow another.
+
+    A ring that leaves the machine has the ports of all its devices there.
+    """
+    if n * inner <= device.n_near:
+        return device.near
+    together = max(1, min(n, device.n_near // inner))
+    return min(device.near, together * device.far)
+
+
+@functools.lru_cache(maxsize=1024)
+def _held(cfg: ModelConfig, tensor: int, stages: int) -> dict[str, float]:
+    """Parameters that a device computes with, by kind."""
+    found = dict.fromkeys(("matrices", "head", "vectors", "tables"), 0.0)
+    for spec in named_specs(cfg).values():
+        stacked = "layers" in spec.axes
+        matrix = "matrices" if stacked else "head"
+        kind = matrix if is_multiplied(spec) else "vectors" if stacked else "tables"
+        found[kind] += size(spec, cfg) / tensor / (stages if stacked else 1)
+    return found
+
+
+def _share(n: int) -> float:
+    """Of an array, what each of n devices in a ring sends to gather or to scatter it."""
+    return (n - 1) / n

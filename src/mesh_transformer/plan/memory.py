@@ -1,0 +1,196 @@
+"""Bytes that a training step holds on each device, by category, at its fullest moment.
+
+What rests (parameters, moments) is exact. What exists within the step is counted for the moments at which it can be
+fullest: in the backward pass of a layer (attention, the projections, the feed-forward), in the loss, and in the
+optimizer's update. How many copies of what are alive at each was found from XLA's buffer assignments of programs in
+which one kind of array was made to dominate, and adjusted on programs other than those that the calibration reports
+(docs/planning.md). They are counts of arrays of the program: no figure depends on a single case.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from mesh_transformer.config.run import RunConfig
+from mesh_transformer.plan.work import ITEMSIZE, Work
+
+
+class _Copies(NamedTuple):
+    """Arrays alive at one time, by what they are (plan.work.Work)."""
+
+    scores: float = 0.0
+    heads: float = 0.0
+    stream: float = 0.0
+    wide: float = 0.0
+    weights: float = 0.0  # of a layer
+
+
+# What the backward pass of each layer finds kept by the forward pass. "none": weights and exponents of attention; q, k,
+# v and the mixed values; the stream, centred, normed and placed; y, gelu's cube, tanh and products. "dots" keeps its
+# products in the compute dtype; "full" the stream alone.
+_KEPT = {"none": _Copies(2, 4, 4, 6), "dots": _Copies(0, 4, 1, 1), "full": _Copies(0, 0, 1, 0)}
+# Beside it, at the fullest moments of a layer's backward pass: attention, turning of heads, norms, the feed-forward.
+_MOMENTS = {
+    "none": (_Copies(2, 6, 6), _Copies(0, 7, 4), _Copies(0, 1, 8), _Copies(0, 5, 6, 3, 0.5)),
+    "dots": (_Copies(3.5, 5, 6), _Copies(0, 8, 4), _Copies(0, 1, 8), _Copies(0, 5, 7.5, 3, 0.5)),
+    "full": (_Copies(3.25, 5, 6), _Copies(0, 9, 4), _Copies(0, 1, 8), _Copies(0, 4, 5, 5, 0.5)),
+}
+# Copies of a chunk's logits. In a loop (over chunks; over microbatches where batch and vocabulary are divided) XLA has
+# the numbers of the vocabulary, with which targets are compared, before the loop: int32, for the whole vocabulary.
+_LOGITS, _LOGITS_IN_LOOP, _NUMBERS = 3.0, 3.5, 1.0
+# Copies of what the head reads.
+_STREAM_OF_HEAD = {"none": 8.0, "dots": 1.5, "full": 8.0}
+# Gradients of embedding and head in the loss, and what accumulation adds where they wait for a sum over devices.
+_ENDS, _ENDS_SUMMED = 0.75, 0.5
+# Of parameters that rest in shards and are gathered in each layer: a layer's, and embedding's and head's, brought
+# together with their whole gradients, beside what the moments above hold.
+_GATHERED_LAYER = {"none": 0.15, "dots": 0.4, "full": 0.9}
+_GATHERED_ENDS = 1.5
+# Of a pipeline: gradients of a stage's layers in one tick beside their sum, and once more where they are summed over
+# the batch's devices; the stream of all microbatches as it enters and leaves; what is handed on, for each tick.
+_TICK_GRADIENTS, _TICK_SUMS, _ALL_MICROBATCHES, _EACH_TICK = 1.0, 1.0, 2.75, 0.75
+# Bytes a value of moments in 16 bits: one of the two new ones is not written in the place of the old one.
+_WIDENED_MOMENTS = 2
+_F32 = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepBytes:
+    """Bytes on one device at the fullest moment of a step, and which moment that is.
+
+    parameters, optimizer: at rest. gradients: with those that accumulate. activations: kept for the backward pass.
+    logits: of a chunk of the loss, with its gradient. workspace: what one layer, or the update, has in hand.
+    """
+
+    parameters: float
+    optimizer: float
+    gradients: float
+    activations: float
+    logits: float
+    workspace: float
+    moment: str
+
+    @property
+    def total(self) -> float:
+        """All together."""
+        return self.state + self.gradients + self.activations + self.logits + self.workspace
+
+    @property
+    def state(self) -> float:
+        """What rests between two steps."""
+        return self.parameters + self.optimizer
+
+    def categories(self) -> dict[str, float]:
+        """The bytes by name."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "moment"}
+
+
+def step_bytes(run: RunConfig, work: Work) -> StepBytes:
+    """The bytes of a training step."""
+    parameters = ITEMSIZE[run.train.param_dtype] * work.rested
+    optimizer = 2 * ITEMSIZE[run.train.moment_dtype] * work.fed
+    moments = (*_of_layers(run, work), _of_loss(run, work), _of_update(run, work))
+    fullest = max(moments, key=lambda m: m.total)
+    return dataclasses.replace(fullest, parameters=parameters, optimizer=optimizer)
+
+
+def _apart(run: RunConfig, work: Work) -> tuple[bool, bool]:
+    """Whether parameters are gathered in each layer, and whether once a step."""
+    apart = run.mesh.zero == 3 and work.sizes.fsdp > 1
+    return apart and run.train.gather == "per_layer", apart and run.train.gather == "per_step"
+
+
+def _gradients(run: RunConfig, work: Work) -> tuple[float, float]:
+    """Bytes of a microbatch's gradients and of those that accumulate."""
+    per_layer, _ = _apart(run, work)
+    one = _F32 * (work.rested if per_layer else work.used)
+    return one, one if run.train.gradient_accumulation > 1 else 0.0
+
+
+def _kept(run: RunConfig, work: Work) -> float:
+    """Bytes that the forward passes of all layers leave for the backward pass; of a pipeline, of all ticks."""
+    copies = _KEPT[run.train.remat]
+    of_products = ITEMSIZE[work.dtype] if run.train.remat == "dots" else _F32
+    if not work.scores and run.train.remat == "none":  # a kernel keeps its inputs and its result, in the dtype
+        of_products = _F32
+    layer = _F32 * (copies.scores * work.scores + copies.stream * work.stream)
+    layer += of_products * (copies.heads * work.heads + copies.wide * work.wide)
+    return layer * work.layers * work.ticks
+
+
+def _beside_layers(run: RunConfig, work: Work) -> float:
+    """Bytes in use throughout forward and backward passes: gathered parameters, the pipeline's streams."""
+    _, per_step = _apart(run, work)
+    held = _F32 * work.used if per_step else 0.0
+    if work.sizes.pipeline > 1:
+        held += _F32 * work.stream * (_ALL_MICROBATCHES * work.microbatches + _EACH_TICK * work.ticks)
+    return held
+
+
+def _of_layers(run: RunConfig, work: Work) -> list[StepBytes]:
+    """The moments within a layer's backward pass."""
+    one, summed = _gradients(run, work)
+    per_layer, _ = _apart(run, work)
+    beside = _beside_layers(run, work) + 2 * _F32 * work.mask
+    if work.sizes.pipeline > 1:
+        sums = _TICK_GRADIENTS + (_TICK_SUMS if work.sizes.batch_ways > 1 else 0.0)
+        beside += sums * one * (1 - work.ends / work.used)
+    if per_layer:
+        beside += _GATHERED_ENDS * _F32 * work.ends
+    found = []
+    names = ("attention", "projections", "norms", "feed-forward")
+    for name, copies in zip(names, _MOMENTS[run.train.remat], strict=True):
+        weights = copies.weights + (_GATHERED_LAYER[run.train.remat] if per_layer and copies.weights else 0.0)
+        inside = copies.scores * work.scores + copies.heads * work.heads + copies.stream * work.whole_stream
+        inside += copies.wide * work.wide + weights * work.layer_values
+        found.append(
+            StepBytes(
+                parameters=0,
+                optimizer=0,
+                gradients=one + summed,
+                activations=_kept(run, work),
+                logits=0,
+                workspace=beside + _F32 * inside,
+                moment=f"backward pass of a layer, {name}",
+            )
+        )
+    return found
+
+
+def _of_loss(run: RunConfig, work: Work) -> StepBytes:
+    """While the loss is differentiated."""
+    _, summed = _gradients(run, work)
+    per_layer, _ = _apart(run, work)
+    sizes = work.sizes
+    waiting = summed > 0 and sizes.batch_ways > 1
+    ends = _ENDS + (_ENDS_SUMMED if waiting else 0.0) + (0.5 if per_layer else 0.0)
+    read = work.head_rows * run.data.sequence_length * run.model.d_model
+    both_divided = sizes.tensor > 1 and sizes.batch_ways * sizes.pipeline > 1
+    in_loop = work.chunked or (summed > 0 and both_divided)
+    copies = _LOGITS_IN_LOOP + _NUMBERS * sizes.tensor if in_loop else _LOGITS
+    return StepBytes(
+        parameters=0,
+        optimizer=0,
+        gradients=summed + ends * _F32 * work.ends,
+        activations=_kept(run, work),
+        logits=copies * _F32 * work.logits,
+        workspace=_beside_layers(run, work) + _STREAM_OF_HEAD[run.train.remat] * _F32 * read,
+        moment="loss",
+    )
+
+
+def _of_update(run: RunConfig, work: Work) -> StepBytes:
+    """While the optimizer turns gradients into updates."""
+    one, _ = _gradients(run, work)
+    _, per_step = _apart(run, work)
+    widened = _WIDENED_MOMENTS * work.fed if run.train.moment_dtype != "float32" else 0.0
+    return StepBytes(
+        parameters=0,
+        optimizer=0,
+        gradients=one,
+        activations=0,
+        logits=0,
+        workspace=_F32 * work.fed + widened + (_F32 * work.used if per_step else 0.0),
+        moment="update",
+    )

@@ -1,0 +1,165 @@
+"""What one device of a mesh holds and computes in a training step: sizes of arrays, from the parameter table, the
+sharding rules and the shapes of a batch. No device, no array, no program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Literal
+
+from jax.sharding import PartitionSpec
+
+from mesh_transformer.config.devices import Device
+from mesh_transformer.config.errors import UserError
+from mesh_transformer.config.model import ModelConfig
+from mesh_transformer.config.run import RunConfig
+from mesh_transformer.model.params import is_multiplied, named_specs, size
+from mesh_transformer.sharding.mesh import Sizes, check_run, mesh_sizes, n_microbatches
+from mesh_transformer.sharding.rules import rules_for
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Positions whose logits exist at one time, as model/policy.py chooses them.
+_LOSS_CHUNK, _LOSS_CHUNK_ON_CPU = 4096, 1024
+# Heads that a kernel serves: cuDNN's widest before Hopper and since, the lanes of splash attention.
+_WIDEST, _WIDEST_SINCE_HOPPER, _LANES = 128, 256, 128
+
+Lying = Literal["rest", "use", "moment"]
+Part = Literal["all", "layers", "ends"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """Values, not bytes, on one device; a "stream" is [rows, sequence, d_model] of what is computed at one time.
+
+    rows: sequences at one time (of a pipeline: of one microbatch). head_rows: in the head, which a pipeline divides
+    among its stages. ticks: of a pipeline, in which a stage computes one microbatch. layers: held. layer_values: one
+    layer's parameters while in use. rested, used, fed: parameters at rest, brought together, and as the moments lie;
+    ends: of embedding and head, in use. stream, whole_stream: as it lies between layers, and in them. heads: of one of
+    q, k, v and the mixed values. wide: of the feed-forward. scores, mask: of attention, 0 where a kernel never holds
+    them. logits: of a chunk. chunked: whether there are several.
+    """
+
+    sizes: Sizes
+    dtype: str
+    rows: int
+    head_rows: float
+    microbatches: int
+    ticks: int
+    layers: int
+    layer_values: float
+    rested: float
+    used: float
+    fed: float
+    ends: float
+    stream: float
+    whole_stream: float
+    heads: float
+    wide: float
+    scores: float
+    logits: float
+    chunked: bool
+    mask: float
+
+
+def default_dtype(run: RunConfig, device: Device) -> str:
+    """The dtype of products' factors: as configured, or as the platform has it."""
+    return run.train.compute_dtype or ("float32" if device.name == "cpu" else "bfloat16")
+
+
+def attention_kernel(run: RunConfig, device: Device) -> str:
+    """Which attention a run gets there: "plain", "cudnn" or "splash", by the conditions of kernels/accelerators.py."""
+    width = run.model.axis_sizes["head_dim"]
+    narrow = default_dtype(run, device) in ("bfloat16", "float16")
+    held_apart = run.data.separate_documents or run.mesh.pipeline > 1 or run.model.position == "t5"
+    if not narrow or held_apart or device.maker == "other":
+        return "plain"
+    if device.maker == "google":
+        return "plain" if width % _LANES or run.data.sequence_length % _LANES else "splash"
+    widest = _WIDEST_SINCE_HOPPER if device.name in ("h100", "h200", "b200") else _WIDEST
+    return "plain" if width % 8 or width > widest else "cudnn"
+
+
+def loss_chunk(device: Device) -> int:
+    """Positions a device whose logits exist at one time."""
+    return _LOSS_CHUNK_ON_CPU if device.maker == "other" else _LOSS_CHUNK
+
+
+def work_of(run: RunConfig, n_devices: int, *, dtype: str, kernel: str, chunk: int) -> Work:
+    """The sizes of a run on so many devices.
+
+    kernel: of attention; chunk: positions whose logits exist at one time.
+
+    Raises:
+        ConfigError: something does not divide.
+        UserError: the run has [lora], which is not planned.
+    """
+    if run.lora is not None:
+        raise UserError(
+            "plan computes the training of a whole model, and this configuration has [lora], whose adapter has "
+            "next to no gradients and moments\nleave [lora] out to plan the whole model; the adapter needs less"
+        )
+    sizes = mesh_sizes(run.mesh, n_devices)
+    check_run(sizes, run)
+    micro = n_microbatches(sizes, run)
+    cfg, length, tensor, stages = run.model, run.data.sequence_length, sizes.tensor, sizes.pipeline
+    at_one_time = run.train.batch_size // run.train.gradient_accumulation // sizes.batch_ways
+    rows = at_one_time // micro
+    tokens = rows * length
+    axes = cfg.axis_sizes
+    head_rows = at_one_time / stages
+    width = max(1, min(length, int(chunk // head_rows))) if head_rows >= 1 else length
+    gates = 2 if cfg.feed_forward == "glu_gelu_tanh" else 1
+    zero = run.mesh.zero
+    in_use = functools.partial(held_values, cfg, sizes, zero)
+    return Work(
+        sizes=sizes,
+        dtype=dtype,
+        rows=rows,
+        head_rows=head_rows,
+        microbatches=micro,
+        ticks=micro * run.train.pipeline_interleave + stages - 1 if stages > 1 else 1,
+        layers=cfg.n_layers // stages,
+        layer_values=in_use("use", "layers") * stages / cfg.n_layers,
+        rested=in_use("rest", "all"),
+        used=in_use("use", "all"),
+        fed=in_use("moment", "all"),
+        ends=in_use("use", "ends"),
+        stream=tokens * cfg.d_model / (tensor if run.mesh.shard_sequence else 1),
+        whole_stream=tokens * cfg.d_model,
+        heads=tokens * axes["heads"] * axes["head_dim"] / tensor,
+        wide=gates * tokens * axes["mlp"] / tensor,
+        scores=rows * axes["heads"] * length**2 / tensor if kernel == "plain" else 0.0,
+        logits=head_rows * width * axes["vocab"] / tensor,
+        chunked=width < length,
+        mask=length**2 if kernel == "plain" else 0.0,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def matmul_values(cfg: ModelConfig) -> int:
+    """Parameters of the layers' matrices alone, the head left out."""
+    return sum(size(s, cfg) for s in named_specs(cfg).values() if is_multiplied(s) and "layers" in s.axes)
+
+
+@functools.lru_cache(maxsize=65536)
+def held_values(cfg: ModelConfig, sizes: Sizes, zero: int, lying: Lying, part: Part) -> float:
+    """How many values of a part of the parameters a device holds: at rest, in use, or as the moments lie."""
+    rules = rules_for(sizes, zero=zero)
+    where = {"rest": rules.param, "use": rules.use, "moment": rules.moment}[lying]
+    return sum(
+        size / _ways(where(axes), sizes)
+        for axes, size in _table(cfg)
+        if part == "all" or ("layers" in axes) == (part == "layers")
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _table(cfg: ModelConfig) -> tuple[tuple[tuple[str, ...], int], ...]:
+    return tuple((spec.axes, size(spec, cfg)) for spec in named_specs(cfg).values())
+
+
+def _ways(spec: PartitionSpec | None, sizes: Sizes) -> int:
+    names = [name for entry in spec or () for name in ((entry,) if isinstance(entry, str) else entry or ())]
+    return math.prod(getattr(sizes, name) for name in names)
