@@ -8,7 +8,7 @@ TEST_ARGS ?=
 TEST_WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-peers test-long lint sanitize clean
+.PHONY: demo test test-peers test-long lint docs sanitize clean
 
 # One stamp for each set of extras, made again when what is to be installed changes.
 $(VENV)/base.stamp: pyproject.toml constraints.txt
@@ -51,6 +51,14 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+$(VENV)/docs.stamp: $(VENV)/base.stamp
+	$(INSTALL) --editable '.[docs]'
+	@touch $@
+
+# build/docs/index.html: docs/ and the reference of the Python code. A warning, such as a link to nowhere, is an error.
+docs: $(VENV)/docs.stamp
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -E -q --fail-on-warning --keep-going -b html -d build/docs-doctrees docs build/docs
 
 # The native extension's kernels under AddressSanitizer and UndefinedBehaviorSanitizer; needs cmake and a C++ compiler.
 sanitize:

@@ -1,25 +1,17 @@
 """What the documents say can be typed, can be."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import typer.main
 
-import quickly
+from docs.document_blocks import DOCUMENTS, ROOT, blocks_of, commands_in
 from mesh_transformer.cli.main import app
 from mesh_transformer.config.presets import PRESETS
-
-ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+from mesh_transformer.config.schema import SECTIONS
 
 
 def parsed(line: str) -> tuple[dict[str, str], list[str]]:
@@ -30,9 +22,7 @@ def parsed(line: str) -> tuple[dict[str, str], list[str]]:
 
 
 def commands(document: Path) -> list[str]:
-    text = document.read_text(encoding="utf-8")
-    lines = [line for block in blocks(text, "console") for line in block.splitlines() if line.startswith("$ ")]
-    return [line[2:] for line in lines]
+    return [line for block in blocks_of(document) if block.language == "console" for line in commands_in(block)]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
@@ -69,23 +59,14 @@ def test_the_table_of_presets_is_the_presets() -> None:
     assert written == {name: [getattr(cfg, field) for field in fields] for name, cfg in PRESETS.items()}
 
 
-def test_readme_walkthrough(tmp_path: Path) -> None:
-    """The README's own text, configuration, commands and Python, as they stand."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    notes = "<|endoftext|>".join(f"Once upon a time there were {n} geese. " * 20 for n in range(60))
-    (tmp_path / "notes.txt").write_text(notes)
-    (tmp_path / "notes.toml").write_text(blocks(text, "toml")[0])
-    here = os.environ | {"MESH_TRANSFORMER_CACHE": str(tmp_path / "cache")}
-    for line in commands(ROOT / "README.md"):
-        variables, words = parsed(line)
-        # A server does not end by itself: tests/peers/test_serve_curl.py starts it and sends what stands beside it.
-        if words[0] == "mesh-transformer" and words[1] != "serve":
-            command = [sys.executable, "-m", "mesh_transformer", *words[1:]]
-            # One device, as a reader has it, unless the line says otherwise.
-            env = here | quickly.variables(variables.pop("XLA_FLAGS", "")) | variables
-            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
-            assert done.returncode == 0, f"{line}\n{done.stderr}"
-    python = [sys.executable, "-c", blocks(text, "python")[0]]
-    done = subprocess.run(python, cwd=tmp_path, capture_output=True, text=True, env=here | quickly.variables())
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "notes-hf" / "model.safetensors").exists()
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_extras_and_keys_exist(document: Path) -> None:
+    """What is installed in brackets, and what is set beside a configuration."""
+    text = document.read_text(encoding="utf-8")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for given in re.findall(r"pip install [^\n`]*\[([\w,]+)\]", text):
+        assert set(given.split(",")) <= set(extras), given
+    keys = {f"{section}.{field}" for section, kind in SECTIONS.items() for field in kind.__dataclass_fields__}
+    keys |= {"name", "seed", "model.preset", "model.KEY", "KEY"}
+    for key in re.findall(r"--set '?([\w.]+)=", text):
+        assert key in keys or key == "key", key
