@@ -136,11 +136,32 @@ def startup_table(result: dict[str, Any], file: str) -> list[str]:
     return [*table(["", "seconds, median", "with the cache of the run before"], rows), "", how]
 
 
+def ablation_table(result: dict[str, Any], file: str) -> list[str]:
+    """Tokens a second of the training step with one thing changed, over those of the step as it is."""
+    rows = [
+        [dtype, form, f"{f['tokens_per_second']:,.0f}", spread_of_ratio(f["ratio"]), f"{f['temporary_mb']:,.0f}"]
+        for dtype, forms in result["forms"].items()
+        for form, f in forms.items()
+    ]
+    apart = "; ".join(
+        f"{dtype} {found['largest_difference']:.1e} in {found['steps']} steps"
+        for dtype, found in result["losses"].items()
+    )
+    machine = result["machine"]
+    how = f"`python benchmarks/train_ablation.py --rounds {result['rounds']}`: {result['preset']}, batch "
+    how += f"{result['batch_size']}; {machine['processor']}, {machine['cores']} cores, Python {machine['python']}, "
+    how += f"jax {result['jax']}, {result['date']}; `benchmarks/results/{file}`."
+    head = ["", "changed", "tokens/s", "of the step as it is, median (min to max)", "program's memory, MB"]
+    note = f"Losses of the fast and the plain forms are apart by at most: {apart}."
+    return [*table(head, rows), "", note, "", how]
+
+
 TABLES: dict[str, Callable[[dict[str, Any], str], list[str]]] = {
     "train": train_table,
     "decode": decode_table,
     "serve": serve_table,
     "startup": startup_table,
+    "train_ablation": ablation_table,
 }
 
 
@@ -160,6 +181,11 @@ def number(value: float | None) -> str:
 def spread(found: dict[str, float]) -> str:
     """Median (min to max)."""
     return f"{number(found['median'])} ({number(found['min'])} to {number(found['max'])})"
+
+
+def spread_of_ratio(found: dict[str, float]) -> str:
+    """Median (min to max)."""
+    return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
 
 
 def ratios(result: dict[str, Any], names: Any) -> list[str]:
