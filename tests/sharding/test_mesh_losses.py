@@ -55,7 +55,8 @@ def trained(name: str) -> Trained:
     state, reports = program.initial_state(), []
     for step in range(STEPS):
         state, report = program(state, learnable_rows(program.run, step))
-        reports.append(report)
+        # As the training loop does. Several steps under way at one time can starve one another's collectives of threads.
+        reports.append(jax.block_until_ready(report))
         if step == 0:
             (adam,) = (part for part in state.opt_state if isinstance(part, optax.ScaleByAdamState))
             mu, nu = jax.tree.map(np.asarray, (adam.mu, adam.nu))
