@@ -55,7 +55,7 @@ def trained(name: str) -> Trained:
     state, reports = program.initial_state(), []
     for step in range(STEPS):
         state, report = program(state, learnable_rows(program.run, step))
-        # As the training loop does. Several steps under way at one time can starve one another's collectives of threads.
+        # As the training loop does. Of several steps under way, one can keep threads that another waits for.
         reports.append(jax.block_until_ready(report))
         if step == 0:
             (adam,) = (part for part in state.opt_state if isinstance(part, optax.ScaleByAdamState))
