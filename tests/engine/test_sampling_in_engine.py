@@ -186,8 +186,10 @@ def assert_likelihood(said: TokenLogprob, token: int, logits: np.ndarray, n: int
     log_probs -= log_probs.max() + np.log(np.exp(log_probs - log_probs.max()).sum())
     assert said.token == token and said.logprob == pytest.approx(log_probs[token], abs=1e-4)
     ids = np.argsort(-log_probs, kind="stable")[:n]
-    assert [i for i, _ in said.top] == list(ids)
-    assert [value for _, value in said.top] == pytest.approx(log_probs[ids], abs=1e-4)
+    # Two that are as likely but for rounding may have changed places; each must be the one that it says it is.
+    said_ids = [i for i, _ in said.top]
+    assert len(set(said_ids)) == n and log_probs[said_ids] == pytest.approx(log_probs[ids], abs=1e-4)
+    assert [value for _, value in said.top] == pytest.approx(log_probs[said_ids], abs=1e-4)
 
 
 def check_likelihoods(request: Request, found: Heard) -> None:
