@@ -62,7 +62,7 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> Any:
         for name, value in variables.items():
             environment.setenv(name, value)
         client = nbclient.NotebookClient(
-            notebook, timeout=600, startup_timeout=240, kernel_name="python3", resources={"metadata": {"path": folder}}
+            notebook, timeout=240, startup_timeout=240, kernel_name="python3", resources={"metadata": {"path": folder}}
         )
         return client.execute()
 
