@@ -24,6 +24,7 @@ REASONS = {
     "needs a Ray cluster",
     "needs another processor's compiler and emulator",
     "takes hours",
+    "takes minutes",
     # what is somewhere else
     "fetches GPT-J-6B",
     "needs the archive",
