@@ -5,7 +5,9 @@ from __future__ import annotations
 from mesh_transformer.config.checks import nearest, shown
 from mesh_transformer.config.errors import ConfigError
 
-DTYPES = ("float32", "bfloat16", "float16")
+# Bytes of a value.
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPES = tuple(ITEMSIZE)
 SHORT_NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 

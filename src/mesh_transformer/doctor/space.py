@@ -12,6 +12,7 @@ import jax
 
 from mesh_transformer.checkpoint.opening import step_directories
 from mesh_transformer.checkpoint.run_directory import RunDirectory
+from mesh_transformer.config.dtypes import ITEMSIZE
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.config.run import RunConfig
 from mesh_transformer.doctor.finding import Finding, failed, ok, warning
@@ -19,12 +20,11 @@ from mesh_transformer.doctor.machine import gib, memory
 from mesh_transformer.doctor.storage import PlaceError, nearest_directory
 from mesh_transformer.model.lora import factor_shape
 from mesh_transformer.model.params import ParamSpec, named_specs, shape
+from mesh_transformer.sharding.layout import rules_of
 from mesh_transformer.sharding.memory import state_bytes
-from mesh_transformer.sharding.mesh import Sizes, n_microbatches
-from mesh_transformer.sharding.rules import Axes, rules_for
+from mesh_transformer.sharding.mesh import Sizes
+from mesh_transformer.sharding.rules import Axes
 from mesh_transformer.train.state import trained_table
-
-_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,23 +39,16 @@ def checkpoint_bytes(run: RunConfig) -> int:
     """Of the arrays of one checkpoint: what is trained and its two moments; with [lora] the adapter's alone."""
     train = run.train
     values = sum(math.prod(dimensions) for _, dimensions in _trained(run))
-    param = 4 if run.lora else _ITEMSIZE[train.param_dtype]
-    return values * (param + 2 * _ITEMSIZE[train.moment_dtype])
+    param = 4 if run.lora else ITEMSIZE[train.param_dtype]
+    return values * (param + 2 * ITEMSIZE[train.moment_dtype])
 
 
 def needs_of(run: RunConfig, sizes: Sizes) -> Needs:
     """The least that the run needs on a mesh of these sizes. Activations, logits and workspace come on top."""
-    rules = rules_for(
-        sizes,
-        zero=run.mesh.zero,
-        gather=run.train.gather,
-        shard_sequence=run.mesh.shard_sequence,
-        n_microbatches=n_microbatches(sizes, run),
-        n_rounds=run.train.pipeline_interleave,
-    )
+    rules = rules_of(run, sizes)
     sizes_of = {
-        "param_itemsize": 4 if run.lora else _ITEMSIZE[run.train.param_dtype],
-        "moment_itemsize": _ITEMSIZE[run.train.moment_dtype],
+        "param_itemsize": 4 if run.lora else ITEMSIZE[run.train.param_dtype],
+        "moment_itemsize": ITEMSIZE[run.train.moment_dtype],
     }
     held = state_bytes(_trained(run), rules, sizes, **sizes_of)
     device = held.params + held.gradients + held.moments

@@ -26,7 +26,9 @@ _log = logging.getLogger(__name__)
 # Of splash attention: positions of queries, and of keys, that are computed with at one time. The length of a sequence
 # must be a multiple of the first that fits; the kernel needs whole rows of 128 lanes.
 _SPLASH_BLOCKS = (512, 256, 128)
-_LANES = 128
+LANES = 128
+# Channels of the widest head that cuDNN's attention serves.
+WIDEST_HEAD, WIDEST_HEAD_SINCE_HOPPER = 128, 256
 
 
 def attention_for(platform: str) -> Attention:
@@ -53,15 +55,15 @@ def _why_not_cudnn(head_dim: int) -> str | None:
     version = tuple(int(part) for part in str(capability or "9.0").split("."))
     if version < (8, 0):
         return f"it needs compute capability 8.0 or newer, and this GPU has {capability}"
-    widest = 256 if version >= (9, 0) else 128
+    widest = WIDEST_HEAD_SINCE_HOPPER if version >= (9, 0) else WIDEST_HEAD
     if head_dim > widest or head_dim % 8:
         return f"heads are {head_dim} wide, and on this GPU it takes multiples of 8 up to {widest}"
     return None
 
 
 def _why_not_splash(head_dim: int, seq: int) -> str | None:
-    if head_dim % _LANES:
-        return f"heads are {head_dim} wide, and it takes multiples of {_LANES}"
+    if head_dim % LANES:
+        return f"heads are {head_dim} wide, and it takes multiples of {LANES}"
     if seq % _SPLASH_BLOCKS[-1]:
         return f"sequences have {seq} positions, and it takes multiples of {_SPLASH_BLOCKS[-1]}"
     return None

@@ -15,6 +15,8 @@ from mesh_transformer.shapes import Params
 Remat = Literal["none", "dots", "full"]
 FewRows = Literal["plain", "blocked", "native"]
 Form = Literal["products", "biases", "attention", "head"]
+# Positions whose logits exist at one time in the loss.
+LOSS_CHUNK, LOSS_CHUNK_ON_CPU = 4096, 1024
 # Of training on one CPU device; on others the plain forms are used wherever these are allowed.
 CPU_FORMS: frozenset[Form] = frozenset(("products", "biases", "attention", "head"))
 # With 16-bit factors the plain products of [batch seq] rows reach XLA's fast kernels by themselves, and sooner.
@@ -52,7 +54,7 @@ class ComputePolicy:
     unroll: bool = False
     widen_by_layer: bool = False
     few_rows: FewRows = "plain"
-    loss_chunk: int = 1024
+    loss_chunk: int = LOSS_CHUNK_ON_CPU
     product_rows: int = 0
     attention: Attention = "plain"
     forms: frozenset[Form] = frozenset()
@@ -76,7 +78,7 @@ def default_policy(dtype: str | None = None, remat: Remat = "none") -> ComputePo
         dtype=dtype or ("float32" if on_cpu else "bfloat16"),
         remat=remat,
         unroll=on_cpu,
-        loss_chunk=1024 if on_cpu else 4096,
+        loss_chunk=LOSS_CHUNK_ON_CPU if on_cpu else LOSS_CHUNK,
         attention=attention_for(platform),
         forms=(CPU_FORMS if dtype in (None, "float32") else NARROW_CPU_FORMS) if on_cpu else frozenset(),
     )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 
 from mesh_transformer.config.devices import Device
+from mesh_transformer.config.dtypes import ITEMSIZE
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.config.run import RunConfig
 from mesh_transformer.model.params import is_multiplied, named_specs, size
-from mesh_transformer.plan.work import ITEMSIZE, Work
+from mesh_transformer.plan.work import Work
 
 
 def sent_bytes(run: RunConfig, work: Work) -> dict[str, float]:

@@ -12,8 +12,9 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+from mesh_transformer.config.dtypes import ITEMSIZE
 from mesh_transformer.config.run import RunConfig
-from mesh_transformer.plan.work import ITEMSIZE, Work
+from mesh_transformer.plan.work import Work
 
 
 class _Copies(NamedTuple):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 from mesh_transformer.config.devices import Device
+from mesh_transformer.config.dtypes import ITEMSIZE
 from mesh_transformer.config.errors import ConfigError
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.engine.pages import page_size
 from mesh_transformer.model.params import is_multiplied, named_specs, shape, size
 from mesh_transformer.plan.links import ring_speed
 from mesh_transformer.plan.speed import MEMORY_REACH, PRODUCTS_REACH
-from mesh_transformer.plan.work import ITEMSIZE
 from mesh_transformer.sharding.mesh import Sizes, check_model
 
 # Bits a weight of a multiplied matrix, and scales: int8 one float32 a column, int4 one float16 for 32 weights.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 from mesh_transformer.config.devices import Device
+from mesh_transformer.config.dtypes import ITEMSIZE
 from mesh_transformer.config.run import RunConfig
 from mesh_transformer.plan.links import link_seconds, sent_bytes
-from mesh_transformer.plan.work import ITEMSIZE, Work, matmul_values
+from mesh_transformer.plan.work import Work, matmul_values
 from mesh_transformer.sharding.mesh import bubble_fraction
 from mesh_transformer.train.metrics import flops_per_token
 

@@ -6,24 +6,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Literal
-
-from jax.sharding import PartitionSpec
 
 from mesh_transformer.config.devices import Device
 from mesh_transformer.config.errors import UserError
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.config.run import RunConfig
+from mesh_transformer.kernels.accelerators import LANES, WIDEST_HEAD, WIDEST_HEAD_SINCE_HOPPER
 from mesh_transformer.model.params import is_multiplied, named_specs, size
+from mesh_transformer.model.policy import LOSS_CHUNK, LOSS_CHUNK_ON_CPU
+from mesh_transformer.sharding.memory import ways_of
 from mesh_transformer.sharding.mesh import Sizes, check_run, mesh_sizes, n_microbatches
 from mesh_transformer.sharding.rules import rules_for
-
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Positions whose logits exist at one time, as model/policy.py chooses them.
-_LOSS_CHUNK, _LOSS_CHUNK_ON_CPU = 4096, 1024
-# Heads that a kernel serves: cuDNN's widest before Hopper and since, the lanes of splash attention.
-_WIDEST, _WIDEST_SINCE_HOPPER, _LANES = 128, 256, 128
 
 Lying = Literal["rest", "use", "moment"]
 Part = Literal["all", "layers", "ends"]
@@ -76,14 +70,14 @@ def attention_kernel(run: RunConfig, device: Device) -> str:
     if not narrow or held_apart or device.maker == "other":
         return "plain"
     if device.maker == "google":
-        return "plain" if width % _LANES or run.data.sequence_length % _LANES else "splash"
-    widest = _WIDEST_SINCE_HOPPER if device.name in ("h100", "h200", "b200") else _WIDEST
+        return "plain" if width % LANES or run.data.sequence_length % LANES else "splash"
+    widest = WIDEST_HEAD_SINCE_HOPPER if device.name in ("h100", "h200", "b200") else WIDEST_HEAD
     return "plain" if width % 8 or width > widest else "cudnn"
 
 
 def loss_chunk(device: Device) -> int:
     """Positions a device whose logits exist at one time."""
-    return _LOSS_CHUNK_ON_CPU if device.maker == "other" else _LOSS_CHUNK
+    return LOSS_CHUNK_ON_CPU if device.maker == "other" else LOSS_CHUNK
 
 
 def work_of(run: RunConfig, n_devices: int, *, dtype: str, kernel: str, chunk: int) -> Work:
@@ -149,7 +143,7 @@ def held_values(cfg: ModelConfig, sizes: Sizes, zero: int, lying: Lying, part: P
     rules = rules_for(sizes, zero=zero)
     where = {"rest": rules.param, "use": rules.use, "moment": rules.moment}[lying]
     return sum(
-        size / _ways(where(axes), sizes)
+        size / ways_of(where(axes), sizes)
         for axes, size in _table(cfg)
         if part == "all" or ("layers" in axes) == (part == "layers")
     )
@@ -158,8 +152,3 @@ def held_values(cfg: ModelConfig, sizes: Sizes, zero: int, lying: Lying, part: P
 @functools.lru_cache(maxsize=64)
 def _table(cfg: ModelConfig) -> tuple[tuple[tuple[str, ...], int], ...]:
     return tuple((spec.axes, size(spec, cfg)) for spec in named_specs(cfg).values())
-
-
-def _ways(spec: PartitionSpec | None, sizes: Sizes) -> int:
-    names = [name for entry in spec or () for name in ((entry,) if isinstance(entry, str) else entry or ())]
-    return math.prod(getattr(sizes, name) for name in names)

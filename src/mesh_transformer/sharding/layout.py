@@ -71,7 +71,12 @@ def layout_for(run: RunConfig, *, n_processes: int = 1, devices: Sequence[Any] |
     check_run(sizes, run)
     if sizes.n_devices == 1:
         return ONE_DEVICE_LAYOUT
-    rules = rules_for(
+    return Layout(sizes=sizes, mesh=make_mesh(sizes, found), rules=rules_of(run, sizes))
+
+
+def rules_of(run: RunConfig, sizes: Sizes) -> Rules:
+    """Where everything of a run lies on a mesh of these sizes."""
+    return rules_for(
         sizes,
         zero=run.mesh.zero,
         gather=run.train.gather,
@@ -79,7 +84,6 @@ def layout_for(run: RunConfig, *, n_processes: int = 1, devices: Sequence[Any] |
         n_microbatches=n_microbatches(sizes, run),
         n_rounds=run.train.pipeline_interleave,
     )
-    return Layout(sizes=sizes, mesh=make_mesh(sizes, found), rules=rules)
 
 
 def inference_layout(mesh: MeshConfig, cfg: ModelConfig, *, together: bool = False) -> Layout:

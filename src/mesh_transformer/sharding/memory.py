@@ -48,8 +48,10 @@ def state_bytes(
 
 
 def _values_held(shape: tuple[int, ...], spec: PartitionSpec | None, sizes: Sizes) -> int:
-    ways = 1
-    for entry in spec or ():
-        names = (entry,) if isinstance(entry, str) else entry or ()
-        ways *= math.prod(getattr(sizes, name) for name in names)
-    return math.prod(shape) // ways
+    return math.prod(shape) // ways_of(spec, sizes)
+
+
+def ways_of(spec: PartitionSpec | None, sizes: Sizes) -> int:
+    """Into how many parts an array that lies so is divided."""
+    names = [name for entry in spec or () for name in ((entry,) if isinstance(entry, str) else entry or ())]
+    return math.prod(getattr(sizes, name) for name in names)

@@ -49,7 +49,7 @@ const Path* choose(const char* name) {
 size_t chunk_columns(const Problem& p, size_t threads) {
   const size_t bytes = p.kind == Kind::kFloat32 ? 4 : p.kind == Kind::kInt8 || p.kind == Kind::kInt4 ? 1 : 2;
   const size_t rows = p.rows < kRowsAtOnce ? p.rows : kRowsAtOnce;
-  // Two kilobytes of each stored row. Shorter pieces of a row are read at half the speed, so that a matrix of few columns
+  // Two kilobytes of each stored row. Shorter pieces of a row are read more slowly, so that a matrix of few columns
   // rather gives every thread one chunk than several.
   size_t chunk = 2048 / bytes;
   if (chunk > kSums / rows) chunk = kSums / rows / kColumnStep * kColumnStep;
