@@ -46,7 +46,7 @@ def test_the_tuned_one_knows_its_text(folder: Path) -> None:
     first, tuned = (mt.load(folder / "runs" / name) for name in ("first", "diary"))
     sentence = ("On Monday the", " goose ate 5 apples near the river.")
     assert tuned.log_likelihood(*sentence)[0] > first.log_likelihood(*sentence)[0] + 20
-    text = tuned.generate("On Monday the", max_tokens=24, temperature=0)[0].text
+    text = tuned.generate("On Monday the", max_tokens=24, temperature=0.0)[0].text
     assert any(text.startswith(f" {bird} ") for bird in ("goose", "duck", "swan", "heron")), text
 
 
