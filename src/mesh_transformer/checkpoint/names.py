@@ -1,8 +1,8 @@
-"""What other formats call our parameters, and how they lay them out.
+"""How other formats lay out our parameters, and what the original calls them.
 
-Only names are written here; shapes, the split of the stacked "layers" axis and which matrices are transposed follow
-from the parameter table. Two formats: Hugging Face GPT-J (docs/formats.md, section 2) and the original's shards
-(docs/formats.md, section 1.6).
+Shapes, the split of the stacked "layers" axis and which matrices are transposed follow from the parameter table. Two
+formats: Hugging Face's (docs/formats.md, section 2; names in `families`) and the original's shards (docs/formats.md,
+section 1.6).
 """
 
 from __future__ import annotations
@@ -15,62 +15,62 @@ from typing import Literal
 
 import numpy as np
 
+from mesh_transformer.checkpoint.families import FAMILIES, Family, family_of
 from mesh_transformer.config.errors import ConfigError
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.model.params import ParamSpec, named_specs, shape, size
-
-# Our path -> Hugging Face name, {i} being the layer; None: nameless there, added to every row of the embedding.
-_HF_NAMES: dict[str, str | None] = {
-    "embed/tokens": "transformer.wte.weight",
-    "embed/bias": None,
-    "layers/ln_1/scale": "transformer.h.{i}.ln_1.weight",
-    "layers/ln_1/bias": "transformer.h.{i}.ln_1.bias",
-    "layers/attn/q": "transformer.h.{i}.attn.q_proj.weight",
-    "layers/attn/k": "transformer.h.{i}.attn.k_proj.weight",
-    "layers/attn/v": "transformer.h.{i}.attn.v_proj.weight",
-    "layers/attn/o": "transformer.h.{i}.attn.out_proj.weight",
-    "layers/mlp/w_in": "transformer.h.{i}.mlp.fc_in.weight",
-    "layers/mlp/b_in": "transformer.h.{i}.mlp.fc_in.bias",
-    "layers/mlp/w_out": "transformer.h.{i}.mlp.fc_out.weight",
-    "layers/mlp/b_out": "transformer.h.{i}.mlp.fc_out.bias",
-    "head/ln/scale": "transformer.ln_f.weight",
-    "head/ln/bias": "transformer.ln_f.bias",
-    "head/w": "lm_head.weight",
-    "head/b": "lm_head.bias",
-}
-
 
 _BLOCK = 64  # rows and columns
 
 
 @dataclasses.dataclass(frozen=True)
 class HfTensor:
-    """One tensor of a Hugging Face GPT-J: which parameter it is, and of which layer (None: of none)."""
+    """One tensor of a Hugging Face model: which parameters it holds, and of which layer (None: of none).
 
-    path: str
+    paths: one, or those of q, k and v, which `family.fused` says how to lay together. spec: that of each of them.
+    """
+
+    paths: tuple[str, ...]
     layer: int | None
     spec: ParamSpec
+    family: Family
+
+    @property
+    def path(self) -> str:
+        """The one parameter that it is, or the first of several."""
+        return self.paths[0]
 
     @property
     def is_transposed(self) -> bool:
-        """Hugging Face stores (out, in); a table whose rows are looked up is no product and stays as it is."""
-        return bool(self.spec.inputs) and self.spec.inputs != ("vocab",)
+        """Whether Hugging Face stores a matrix (out, in); a table whose rows are looked up is none."""
+        is_matrix = bool(self.spec.inputs) and not set(self.spec.inputs) & {"vocab", "ctx"}
+        return is_matrix and not (self.family.inputs_first and self.spec.axes[0] == "layers")
 
     def matrix_shape(self, cfg: ModelConfig) -> tuple[int, ...]:
         """(in, out) of a matrix, (n,) of a vector."""
-        return matrix_shape(cfg, self.spec)
+        one = matrix_shape(cfg, self.spec)
+        if not self.spec.inputs:
+            return (len(self.paths) * math.prod(one),)
+        return (*one[:-1], len(self.paths) * one[-1])
 
     def stored_shape(self, cfg: ModelConfig) -> tuple[int, ...]:
         """Shape in a Hugging Face file."""
         return self.matrix_shape(cfg)[:: -1 if self.is_transposed else 1]
 
-    def to_stored(self, own: np.ndarray, cfg: ModelConfig) -> np.ndarray:
-        """A piece in our own axes as Hugging Face lays it out, contiguous."""
-        flat = np.ascontiguousarray(own).reshape(self.matrix_shape(cfg))
+    def to_stored(self, own: np.ndarray | list[np.ndarray], cfg: ModelConfig) -> np.ndarray:
+        """A piece in our own axes, or one for each of `paths`, as Hugging Face lays it out, contiguous."""
+        pieces = own if isinstance(own, list) else [own]
+        if len(self.paths) > 1:
+            whole = np.stack(pieces, axis=pieces[0].ndim - self._part_axis_from_end)
+        else:
+            whole = pieces[0]
+        flat = np.ascontiguousarray(whole).reshape(self.matrix_shape(cfg))
         return transposed(flat) if self.is_transposed else flat
 
-    def to_own(self, parts: Iterable[np.ndarray], dtype: np.dtype, cfg: ModelConfig) -> np.ndarray:
-        """The inverse of `to_stored`, from the rows of the stored tensor in parts, converted to `dtype`."""
+    def to_own(
+        self, parts: Iterable[np.ndarray], dtype: np.dtype, cfg: ModelConfig, path: str | None = None
+    ) -> np.ndarray:
+        """The inverse of `to_stored` for one parameter, from the rows of the stored tensor in parts, in `dtype`."""
         flat = np.empty(self.matrix_shape(cfg), dtype)
         row = 0
         for part in parts:
@@ -80,7 +80,17 @@ class HfTensor:
             else:
                 flat[rows] = part
             row += len(part)
-        return flat.reshape(shape(self.spec, cfg)[0 if self.layer is None else 1 :])
+        own = shape(self.spec, cfg)[0 if self.layer is None else 1 :]
+        if len(self.paths) == 1:
+            return flat.reshape(own)
+        at = len(own) - self._part_axis_from_end
+        whole = flat.reshape(*own[:at], len(self.paths), *own[at:])
+        return np.ascontiguousarray(np.take(whole, self.paths.index(path or self.path), axis=at))
+
+    @property
+    def _part_axis_from_end(self) -> int:
+        """Where among [..., heads, head_dim] the axis of q, k and v stands, counted from behind, in a fused tensor."""
+        return 2 if self.family.fused == "side_by_side" else 1
 
 
 def transposed(matrix: np.ndarray) -> np.ndarray:
@@ -112,29 +122,48 @@ def matrix_shape(cfg: ModelConfig, spec: ParamSpec) -> tuple[int, ...]:
 
 
 def has_hf_names(cfg: ModelConfig) -> bool:
-    """Whether Hugging Face's GPT-J is this architecture: v1 with layernorm and rotary positions."""
-    return cfg.architecture == "v1" and cfg.norm == "layernorm" and cfg.position == "rotary"
+    """Whether Hugging Face's GPT-J is this architecture: v1 with layernorm and rotary positions, and nothing later."""
+    return FAMILIES["gptj"].holds(cfg)
+
+
+def hf_family(cfg: ModelConfig) -> Family:
+    """The Hugging Face family that is this architecture.
+
+    Raises:
+        ConfigError: there is none among those that are known here.
+    """
+    family = family_of(cfg)
+    if family is None:
+        shown = {"architecture": cfg.architecture, "norm": cfg.norm, "position": cfg.position} | cfg.departures()
+        raise ConfigError(
+            ", ".join(f"model.{name} = {value!r}" for name, value in shown.items())
+            + f": Hugging Face has no such model among the families known here ({', '.join(FAMILIES)}); GPT-J's has only "
+            "'v1', 'layernorm' and 'rotary'; keep this model in another format"
+        )
+    return family
 
 
 def hf_table(cfg: ModelConfig) -> dict[str, HfTensor]:
     """Every Hugging Face tensor by name, layer by layer in a reader's order.
 
     Raises:
-        ConfigError: Hugging Face's GPT-J has no such architecture, norm or position.
+        ConfigError: no family of Hugging Face's has such an architecture.
     """
-    if not has_hf_names(cfg):
-        raise ConfigError(
-            f"model.architecture = {cfg.architecture!r}, model.norm = {cfg.norm!r}, model.position = {cfg.position!r}: "
-            "Hugging Face's GPT-J has only 'v1', 'layernorm' and 'rotary'; keep this model in another format"
-        )
-    specs = {path: spec for path, spec in named_specs(cfg).items() if _HF_NAMES[path] is not None}
-    stacked = {path: spec for path, spec in specs.items() if spec.axes[0] == "layers"}
+    family = hf_family(cfg)
+    specs = named_specs(cfg)
+    together: dict[str, list[str]] = {}
+    for path in specs:
+        if (name := family.name(path)) is not None:
+            together.setdefault(name, []).append(path)
+    # q, k and v, not in the table's order.
+    held = {name: tuple(sorted(paths, key=lambda path: "qkv".find(path[-1]))) for name, paths in together.items()}
+    stacked = {name: paths for name, paths in held.items() if specs[paths[0]].axes[0] == "layers"}
     table: dict[str, HfTensor] = {}
-    for path, spec in specs.items():
-        if path not in stacked:
-            table[str(_HF_NAMES[path])] = HfTensor(path, None, spec)
+    for name, paths in held.items():
+        if name not in stacked:
+            table[name] = HfTensor(paths, None, specs[paths[0]], family)
     for i in range(cfg.n_layers):
-        table |= {str(_HF_NAMES[path]).format(i=i): HfTensor(path, i, spec) for path, spec in stacked.items()}
+        table |= {name.format(i=i): HfTensor(paths, i, specs[paths[0]], family) for name, paths in stacked.items()}
     return table
 
 
@@ -210,6 +239,9 @@ def count_in_shards(cfg: ModelConfig, n_shards: int) -> int:
     Raises:
         ConfigError: the architecture cannot be cut into `n_shards`.
     """
+    if cfg.departures():
+        named = ", ".join(f"model.{name} = {value!r}" for name, value in cfg.departures().items())
+        raise ConfigError(f"{named}: the original had no such model, and counts none of its parameters")
     if cfg.architecture != "v1":
         raise ConfigError(f"model.architecture = {cfg.architecture!r} was not stored in shards of whole layers")
     for field in ("n_heads", "n_vocab", "d_model"):

@@ -38,6 +38,8 @@ _EXAMPLES = {
     "data.weights": "{ pile = 0.7, code = 0.3 }",
     "train.steps": "1000",
     "lora.targets": '["q", "v"]',
+    "model.biases": '["embed", "mlp", "head"]',
+    "model.rope_scaling": '{ kind = "linear", factor = 2.0 }',
     "train.compute_dtype": '"bfloat16"',
     "train.remat": '"full"',
     "model.preset": '"gpt-j-6b"',
@@ -98,7 +100,8 @@ def _build_model(given: Mapping[str, Any]) -> ModelConfig:
         fields.setdefault("architecture", "v2")
     if "preset" not in given:
         return ModelConfig(**fields)
-    base = preset(given["preset"]).to_dict()
+    named = preset(given["preset"])
+    base = {field.name: getattr(named, field.name) for field in dataclasses.fields(named)}
     # A preset's derived sizes follow the fields that they derive from, unless they are given as well.
     if fields.keys() & {"d_model", "n_heads"}:
         base |= {"d_head": 0, "n_kv_heads": 0}
@@ -195,6 +198,19 @@ def _convert_section(section: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _convert(f"{section}.{key}", value, _hints(section)[key]) for key, value in given.items()}
 
 
+def _convert_table(key: str, given: Mapping[str, Any], table: Any) -> Any:
+    """A table within a section as the dataclass that a field declares."""
+    hints = get_type_hints(table)
+    for name in given:
+        if name not in hints:
+            close = checks.nearest(name, list(hints))
+            hint = f"did you mean {key}.{close}?" if close else f"known here: {', '.join(hints)}"
+            raise ConfigError(f"unknown key {key}.{name} ({hint})")
+    if missing := [name for name in _required(table) if name not in given]:
+        raise ConfigError(f"missing: {', '.join(f'{key}.{name}' for name in missing)}")
+    return table(**{name: _convert(f"{key}.{name}", value, hints[name]) for name, value in given.items()})
+
+
 def _convert(key: str, value: Any, hint: Any) -> Any:
     """`value` as the type that a field declares; an integer becomes a float where a float is declared."""
     if get_origin(hint) in (types.UnionType, Union):
@@ -217,6 +233,9 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
             return {name: _convert(checks.dotted(*key.split("."), name), entry, float) for name, entry in value.items()}
         for name, entry in value.items():
             checks.check_type(checks.dotted(*key.split("."), name), entry, "string", _EXAMPLES["data.train"])
+    elif dataclasses.is_dataclass(hint):
+        checks.check_type(key, value, "table", example)
+        return _convert_table(key, value, hint)
     elif get_origin(hint) is tuple:
         return checks.check_texts(key, value, example)
     else:

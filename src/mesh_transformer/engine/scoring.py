@@ -16,7 +16,7 @@ from mesh_transformer.compat import n_compiled
 from mesh_transformer.config.errors import UserError
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.engine.packing import Pack, Pair, batches, pack
-from mesh_transformer.model import layers
+from mesh_transformer.model import layers, rope
 from mesh_transformer.model.decoder import Where, embed, gather, run_blocks, unembed
 from mesh_transformer.model.loss import score_logits
 from mesh_transformer.model.params import param_table
@@ -191,11 +191,13 @@ def _locate(params: Params, positions: Array, ends: Array, cfg: ModelConfig, rul
     width = positions.shape[1]
     if cfg.position == "rotary":
         split = rules.use(("batch", "seq", None))
-        tables = layers.rotary_tables(width, cfg.d_rotary)
+        tables = rope.rotary_tables(width, cfg)
         sin, cos = (jnp.asarray(each).at[positions].get(out_sharding=split) for each in tables)
     place = jnp.arange(width, dtype=jnp.int32)
     query, key = place[None, :, None], place[None, None, :]
     bias = jnp.where((key <= query) & (query < ends[:, None, :]), 0.0, layers.MASKED)[:, None]
+    if cfg.reach < width:
+        bias = bias + layers.sliding_mask(positions, positions, cfg.reach)
     if cfg.position == "t5":
         relative = gather(params["relative"], param_table(cfg)["relative"], rules)["bias"]
         heads = rules.use(("heads", "batch", None, None))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+from mesh_transformer.checkpoint.families import family_of
 from mesh_transformer.checkpoint.lora import LoraWeights
 from mesh_transformer.checkpoint.names import count_in_shards
 from mesh_transformer.checkpoint.quantized_weights import QuantizedWeights
@@ -22,11 +23,12 @@ def describe(weights: Weights) -> dict[str, Any]:
     Nothing but names, shapes and dtypes is read.
     """
     cfg = weights.cfg
+    family = family_of(cfg)
     facts: dict[str, Any] = {
-        "family": "gptj",
+        "family": family.model_type if cfg.departures() and family else "gptj",
         "model": cfg.to_dict(),
         "parameters": count_params(cfg),
-        "parameters_without_embedding_bias": count_params(cfg) - cfg.d_model,
+        "parameters_without_embedding_bias": count_params(cfg) - cfg.d_model * ("embed" in cfg.biases),
     }
     with contextlib.suppress(ConfigError):  # not every shape can be cut so
         facts[f"parameters_in_{_ORIGINAL_SHARDS}_shards_replicas_counted"] = count_in_shards(cfg, _ORIGINAL_SHARDS)

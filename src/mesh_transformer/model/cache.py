@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -18,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mesh_transformer.config.model import ModelConfig
-from mesh_transformer.model.layers import MASKED, relative_bias, rotary_tables, sliding_mask
+from mesh_transformer.model.layers import MASKED, relative_bias, sliding_mask, window_of
 from mesh_transformer.model.narrow import from_bits, to_bits
 from mesh_transformer.model.policy import ComputePolicy
+from mesh_transformer.model.rope import rotary_tables
 from mesh_transformer.shapes import Array, Float, Int
 from mesh_transformer.sharding.layout import ONE_DEVICE_LAYOUT, Layout
 from mesh_transformer.sharding.rules import Rules
@@ -130,7 +130,7 @@ def empty_cache(
     sizes = cfg.axis_sizes
     shape = (cfg.n_layers, layout.sizes.batch_ways, n_pages, sizes["kv_heads"], page_size, sizes["head_dim"])
     held = layout.sharding(layout.rules.use(_POOL))
-    sin, cos = rotary_tables(n_positions, cfg.d_rotary) if cfg.d_rotary else (np.zeros((0, 0)), np.zeros((0, 0)))
+    sin, cos = rotary_tables(n_positions, cfg) if cfg.d_rotary else (np.zeros((0, 0)), np.zeros((0, 0)))
     sin, cos = (jax.device_put(table.astype(np.float32), layout.sharding()) for table in (sin, cos))
     dtype = jnp.dtype(dtype)
     stored = jnp.uint16 if dtype.itemsize == 2 and jax.default_backend() == "cpu" else dtype
@@ -172,7 +172,7 @@ def attend(
         precision="highest" if policy.dtype == "float32" else None,
     )
     width, size = table.shape[1], cache.page_size
-    newest = positions[:, -1]
+    newest, window = positions[:, -1], window_of(layer, cfg)
     # The exact products of 16-bit factors, summed in float32, are those of their float32 copies, which XLA on CPU
     # multiplies faster.
     rounded = lambda a: a.astype(policy.jax_dtype).astype(jnp.float32 if cache.holds_bits else policy.jax_dtype)  # noqa: E731
@@ -182,7 +182,7 @@ def attend(
         largest, total, mixed = so_far
         k, v = map(rounded, cache.read(layer, jax.lax.dynamic_index_in_dim(table, i, axis=1, keepdims=False)))
         keys = key_positions(newest, width * size, i * size, size)
-        scores = dot("bqhd,bhkd->bhqk", factors, k) / math.sqrt(cfg.d_head) + sliding_mask(positions, keys, cfg.n_ctx)
+        scores = dot("bqhd,bhkd->bhqk", factors, k) / cfg.score_divisor + sliding_mask(positions, keys, window)
         if relative is not None:
             split = rules.use(("heads", "batch", None, None))
             scores = scores + relative_bias(relative, positions, keys, cfg.n_ctx, split)
@@ -223,8 +223,8 @@ def attend_at_once(
     k, v = cache.read(layer, table)
     keys = key_positions(positions[:, -1], n_places, 0, n_places)
     scores = dot("bqhd,bwhpd->bhqwp", q.astype(policy.jax_dtype), k)
-    scores = scores.reshape(*scores.shape[:3], n_places) / math.sqrt(cfg.d_head)
-    scores = scores + sliding_mask(positions, keys, cfg.n_ctx)
+    scores = scores.reshape(*scores.shape[:3], n_places) / cfg.score_divisor
+    scores = scores + sliding_mask(positions, keys, window_of(layer, cfg))
     if relative is not None:
         scores = scores + relative_bias(relative, positions, keys, cfg.n_ctx, rules.use(("heads", "batch", None, None)))
     weights = jax.nn.softmax(scores, axis=-1).astype(policy.jax_dtype)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mesh_transformer.config.model import ModelConfig
-from mesh_transformer.model import layers
+from mesh_transformer.model import layers, rope
 from mesh_transformer.model.cache import KVCache, attend
 from mesh_transformer.model.lora import LowRank, map_parts
 from mesh_transformer.model.narrow import OfLayer
@@ -107,7 +107,8 @@ def embed(
 ) -> Float[Array, "batch seq embed"]:
     """The stream before the first block; `positions` count only where the model has a table of them."""
     table = gather(params["embed"], param_table(cfg)["embed"], rules)
-    x = layers.embed_tokens(table["tokens"], tokens, policy, rules) + table["bias"].astype(jnp.float32)
+    x = layers.embed_tokens(table["tokens"], tokens, policy, rules)
+    x = _plus(x, table.get("bias"))
     if cfg.position == "fixed":
         there = rules.use((None if positions.shape[0] == 1 else "batch", "seq", "embed"))
         x = x + table["positions"].at[positions].get(mode="clip", out_sharding=there).astype(jnp.float32)
@@ -140,13 +141,13 @@ def locate(
     if cfg.position == "t5":
         relative = gather(params["relative"], param_table(cfg)["relative"], rules)["bias"]
     if cfg.position == "rotary":
-        sin, cos = layers.rotary_tables(positions.shape[1], cfg.d_rotary) if cache is None else (cache.sin, cache.cos)
+        sin, cos = rope.rotary_tables(positions.shape[1], cfg) if cache is None else (cache.sin, cache.cos)
         split = rules.use((rows, "seq", None))
         sin, cos = (jnp.asarray(table).at[positions].get(out_sharding=split) for table in (sin, cos))
         where = dataclasses.replace(where, sin=sin, cos=cos)
     if cache is not None or not masked:
         return dataclasses.replace(where, relative=relative)
-    bias = layers.sliding_mask(positions, positions, cfg.n_ctx)
+    bias = layers.sliding_mask(positions, positions, cfg.reach)
     if relative is not None:
         bias = bias + layers.relative_bias(
             relative, positions, positions, cfg.n_ctx, rules.use(("heads", None, None, None))
@@ -234,11 +235,25 @@ def block(
     policy: ComputePolicy,
     rules: Rules,
 ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
-    """One layer: x + attention(norm(x)) + feed_forward(norm(x)), both branches summed over the mesh at once."""
-    h = rules.share(layers.norm(x, p["ln_1"], cfg), ("batch", "seq", "embed"), over="mlp")
+    """One layer: x + attention(norm(x)) + feed_forward(norm(x)), both branches summed over the mesh at once.
+
+    With a serial residual the feed-forward reads x + attention(norm(x)), and each branch is summed by itself.
+    """
+    normed = lambda x, p: rules.share(layers.norm(x, p, cfg), ("batch", "seq", "embed"), over="mlp")  # noqa: E731
+    h = normed(x, p["ln_1"])
     attended, cache = self_attention(h, p["attn"], where, cache, layer, cfg, policy, rules)
-    both = attended + layers.feed_forward(h, p["mlp"], policy, rules)
-    return x + rules.place(both, STREAM) + p["mlp"]["b_out"].astype(jnp.float32), cache
+    if cfg.residual == "serial":
+        x = _plus(x + rules.place(attended, STREAM), p["attn"].get("b_o"))
+        wide = layers.feed_forward(normed(x, p["ln_2"]), p["mlp"], cfg, policy, rules)
+        return _plus(x + rules.place(wide, STREAM), p["mlp"].get("b_out")), cache
+    h = normed(x, p["ln_2"]) if "ln_2" in p else h
+    both = attended + layers.feed_forward(h, p["mlp"], cfg, policy, rules)
+    return _plus(_plus(x + rules.place(both, STREAM), p["mlp"].get("b_out")), p["attn"].get("b_o")), cache
+
+
+def _plus(x: Float[Array, "batch seq out"], b: Float[Array, " out"] | None) -> Float[Array, "batch seq out"]:
+    """x + b in float32; x where the model has no such bias."""
+    return x if b is None else x + b.astype(jnp.float32)
 
 
 def self_attention(
@@ -252,20 +267,31 @@ def self_attention(
     rules: Rules,
 ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
     """Attention over these positions, or over all that the cache holds; a partial sum over the axis of `heads`."""
-    split = rules.use(("batch", "seq", "heads", None))
+    split = rules.use(("batch", "seq", "heads", None))  # kv_heads lie as heads do
     q, k, v = (layers.product("bse,ehd->bshd", h, p[name], policy, split) for name in ("q", "k", "v"))
     if "b_q" in p:
         q, k, v = (x + p[name].astype(jnp.float32) for x, name in ((q, "b_q"), (k, "b_k"), (v, "b_v")))
+    if "q_norm" in p:
+        q, k = (layers.rms_norm(x, p[name]["scale"], cfg) for x, name in ((q, "q_norm"), (k, "k_norm")))
     if where.sin is not None and where.cos is not None:
-        q, k = layers.rotate(q, where.sin, where.cos), layers.rotate(k, where.sin, where.cos)
+        q, k = (rope.rotate(x, where.sin, where.cos, cfg.rotary_layout) for x in (q, k))
+    n_heads, n_kv = q.shape[2], k.shape[2]
     if cache is None:
         q, k, v = (layers.kept(x, policy) for x in (q, k, v))
-        mixed = layers.attention(q, k, v, where.bias, cfg, policy)
-        mixed = mixed if where.bias is None else layers.kept(mixed, policy)  # a kernel's own is kept as it is
+        bias = where.bias
+        if cfg.alternates and bias is not None:
+            bias = bias + layers.sliding_mask(where.positions, where.positions, layers.window_of(layer, cfg))
+        k, v = (layers.repeated(x, n_heads, split) for x in (k, v))
+        mixed = layers.attention(q, k, v, bias, cfg, policy)
+        mixed = mixed if bias is None else layers.kept(mixed, policy)  # a kernel's own is kept as it is
     else:
         assert where.pages is not None
         cache = cache.write(layer, where.pages, where.positions, k, v)
-        mixed = attend(q, cache, layer, where.pages, where.positions, where.relative, cfg, policy, rules)
+        # Heads that share keys are so many more queries at the same positions: keys are read once.
+        at = where.positions if n_kv == n_heads else jnp.repeat(where.positions, n_heads // n_kv, axis=1)
+        q = layers.folded(q, n_kv, split)
+        mixed = attend(q, cache, layer, where.pages, at, where.relative, cfg, policy, rules)
+        mixed = layers.unfolded(mixed, n_heads, split)
     out = rules.partial(("batch", "seq", "embed"), over="heads")
     return layers.product("bshd,hde->bse", mixed, p["o"], policy, out), cache
 
@@ -281,8 +307,11 @@ def unembed(
     policy = _on(rules, policy)
     head = gather(params["head"], param_table(cfg)["head"], rules)
     x = rules.share(layers.norm(x, head["ln"], cfg), ("batch", "seq", "embed"), over="vocab")
-    logits = layers.product("bse,ev->bsv", x, head["w"], policy, rules.use(("batch", "seq", "vocab")))
-    return logits + head["b"].astype(jnp.float32)
+    split = rules.use(("batch", "seq", "vocab"))
+    if cfg.tied_head:
+        table = gather(params["embed"], param_table(cfg)["embed"], rules)["tokens"]
+        return _plus(layers.product(layers.TIED, x, table, policy, split), head.get("b"))
+    return _plus(layers.product("bse,ev->bsv", x, head["w"], policy, split), head.get("b"))
 
 
 def features(

@@ -32,6 +32,8 @@ from mesh_transformer.sharding.rules import Rules
 # Added to the scores of positions that may not be seen. Finite, as in the original: a row with nothing to see gives
 # equal weights, not NaN.
 MASKED = -1e10
+# The product with a head that is the token table: the one product whose weight has its contracted axis last.
+TIED = "bse,ve->bsv"
 # The name of what `kept` keeps.
 KEPT = "kept"
 
@@ -48,13 +50,16 @@ def product(
     The two products of its gradient round their factors the same way, which plain differentiation would not do. A
     weight in 8 bits has no gradient, and the base of a `LowRank` none that is asked for.
     """
-    if 0 < policy.product_rows < x.shape[0] and not (policy.few_rows == "native" and x.shape[1] <= MOST_FEW):
+    alike = policy.few_rows == "native" and x.shape[1] <= MOST_FEW and spec != TIED  # however many rows there are
+    if 0 < policy.product_rows < x.shape[0] and not alike:
         whole, n = dataclasses.replace(policy, product_rows=0), policy.product_rows
         parts = [x[i : i + n] for i in range(0, x.shape[0], n)]
         return jnp.concatenate([product(spec, part, w, whole, out_sharding) for part in parts])
     if isinstance(w, LowRank):
         base = product(spec, x, w.base, policy, out_sharding)
         return base + low_rank_product(spec, x, w.a, w.b, w.scale, policy, out_sharding)
+    if spec == TIED:
+        return _rounded_product(spec, policy.dtype, out_sharding, x, w)
     if policy.few_rows != "plain" or isinstance(w, OfLayer | Quantized):
         return stored_product(spec, x, w, policy, out_sharding)
     if "products" in policy.forms and out_sharding is None and on_one_device(x):
@@ -183,8 +188,10 @@ def norm(x: Float[Array, "batch seq embed"], p: Params, cfg: ModelConfig) -> Flo
     """The configured norm over `embed`, in float32.
 
     layernorm: (x - mean) rsqrt(variance + eps) scale + bias, variance biased. rmsnorm and scalenorm divide by the
-    Euclidean length plus eps (not by the root mean square); scalenorm's scale is one number.
+    Euclidean length plus eps (not by the root mean square); scalenorm's scale is one number. rms: see `rms_norm`.
     """
+    if cfg.norm == "rms":
+        return rms_norm(x, p["scale"], cfg)
     if cfg.norm.startswith("layernorm"):
         centred = x - jnp.mean(x, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
@@ -197,28 +204,49 @@ def norm(x: Float[Array, "batch seq embed"], p: Params, cfg: ModelConfig) -> Flo
     return y + p["bias"].astype(jnp.float32) if "bias" in p else y
 
 
-def rotary_tables(n_positions: int, d_rotary: int) -> tuple[np.ndarray, np.ndarray]:
-    """sin and cos of position * 10000^(-2 j / d_rotary), each float32 [n_positions, d_rotary / 2].
-
-    Computed in float64 and rounded once.
-    """
-    frequency = 10000.0 ** (-np.arange(0, d_rotary, 2) / d_rotary)
-    angle = np.arange(n_positions)[:, None] * frequency[None, :]
-    return np.sin(angle).astype(np.float32), np.cos(angle).astype(np.float32)
+def rms_norm(
+    x: Float[Array, "batch seq *heads width"], scale: Float[Array, " width"], cfg: ModelConfig
+) -> Float[Array, "batch seq *heads width"]:
+    """x rsqrt(mean(x^2) + eps) scale over the last axis, in float32 (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    squares = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(squares + cfg.norm_eps) * scale.astype(jnp.float32)
 
 
-def rotate(
-    x: Float[Array, "batch seq heads head_dim"],
-    sin: Float[Array, "#batch seq half_rotary"],
-    cos: Float[Array, "#batch seq half_rotary"],
+def repeated(
+    kv: Float[Array, "batch keys kv_heads head_dim"], n_heads: int, split: PartitionSpec | None
+) -> Float[Array, "batch keys heads head_dim"]:
+    """Every head of keys or values once for each query head that shares it; split: how the result lies."""
+    batch, keys, n_kv, width = kv.shape
+    if n_kv == n_heads:
+        return kv
+    wide = jnp.broadcast_to(kv[:, :, :, None], (batch, keys, n_kv, n_heads // n_kv, width))
+    return jnp.reshape(wide, (batch, keys, n_heads, width), out_sharding=split)
+
+
+def folded(
+    q: Float[Array, "batch seq heads head_dim"], n_kv: int, split: PartitionSpec | None
+) -> Float[Array, "batch queries kv_heads head_dim"]:
+    """Query heads that share keys as further queries of one head, after one another; `unfolded` is the inverse."""
+    batch, seq, n_heads, width = q.shape
+    if n_kv == n_heads:
+        return q
+    grouped = jnp.reshape(q, (batch, seq, n_kv, n_heads // n_kv, width), out_sharding=_with_group(split, 3))
+    return jnp.reshape(jnp.swapaxes(grouped, 2, 3), (batch, -1, n_kv, width), out_sharding=split)
+
+
+def unfolded(
+    mixed: Float[Array, "batch queries kv_heads head_dim"], n_heads: int, split: PartitionSpec | None
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """Rotary embedding of the first channels of every head, in interleaved pairs (2j, 2j + 1)."""
-    d_rotary = 2 * sin.shape[-1]
-    turned, rest = x[..., :d_rotary], x[..., d_rotary:]
-    even, odd = turned[..., 0::2], turned[..., 1::2]
-    sin, cos = sin[:, :, None, :], cos[:, :, None, :]
-    pairs = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
-    return jnp.concatenate([pairs.reshape(turned.shape), rest], axis=-1)
+    """What attention gives for `folded` queries, head by head."""
+    batch, _, n_kv, width = mixed.shape
+    if n_kv == n_heads:
+        return mixed
+    grouped = jnp.reshape(mixed, (batch, -1, n_heads // n_kv, n_kv, width), out_sharding=_with_group(split, 2))
+    return jnp.reshape(jnp.swapaxes(grouped, 2, 3), (batch, -1, n_heads, width), out_sharding=split)
+
+
+def _with_group(split: PartitionSpec | None, at: int) -> PartitionSpec | None:
+    return None if split is None else PartitionSpec(*split[:at], None, *split[at:])
 
 
 def t5_buckets(n_distances: int) -> np.ndarray:
@@ -241,24 +269,23 @@ def attention(
     cfg: ModelConfig,
     policy: ComputePolicy,
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """softmax(q k / sqrt(cfg.d_head) + bias) v; scores and weights in float32.
+    """softmax(q k / cfg.score_divisor + bias) v; scores and weights in float32.
 
-    The root is that of the configured width, which in v2 is not the width of these heads. Without a bias, what a
-    position may see is left to the policy's kernel (see `attention_kernel`).
+    Without a bias, what a position may see is left to the policy's kernel (see `attention_kernel`).
     """
     dtype = policy.jax_dtype
     if bias is None:
-        how: dict[str, Any] = {"scale": 1 / math.sqrt(cfg.d_head), "window": cfg.n_ctx}
+        how: dict[str, Any] = {"scale": 1 / cfg.score_divisor, "window": cfg.reach}
         narrow = (a.astype(dtype) for a in (q, k, v))
         return accelerators.causal_attention(*narrow, kind=policy.attention, **how).astype(jnp.float32)
     if "attention" in policy.forms and cfg.position != "t5" and on_one_device(q):
-        return attention_on_cpu.causal_attention(q, k, v, bias, 1 / math.sqrt(cfg.d_head), policy.dtype)
+        return attention_on_cpu.causal_attention(q, k, v, bias, 1 / cfg.score_divisor, policy.dtype)
     dot = functools.partial(
         jnp.einsum,
         preferred_element_type=jnp.float32,
         precision="highest" if policy.dtype == "float32" else None,
     )
-    scores = dot("bqhd,bkhd->bhqk", q.astype(dtype), k.astype(dtype)) / math.sqrt(cfg.d_head)
+    scores = dot("bqhd,bkhd->bhqk", q.astype(dtype), k.astype(dtype)) / cfg.score_divisor
     weights = jax.nn.softmax(scores + bias, axis=-1)
     return dot("bhqk,bkhd->bqhd", weights.astype(dtype), v.astype(dtype))
 
@@ -272,6 +299,8 @@ def attention_kernel(cfg: ModelConfig, policy: ComputePolicy, rules: Rules, seq:
         reason = "T5 positions add a bias to the scores"
     elif documents:
         reason = "documents are kept apart within a sequence"
+    elif cfg.alternates:
+        reason = "layers differ in how far they see"
     elif rules.n_stages > 1:
         reason = "layers are divided over a pipeline"
     if reason is None:
@@ -296,20 +325,32 @@ def biased_gelu(
     return biased.plain_gelu(y, b)
 
 
-def feed_forward(
-    h: Float[Array, "batch seq embed"], p: Params, policy: ComputePolicy, rules: Rules
-) -> Float[Array, "batch seq embed"]:
-    """act(h) w_out, a partial sum over the axis of `mlp`, without b_out; gelu in its tanh form.
+def activated(
+    y: Float[Array, "*lead out"], b: Float[Array, " out"] | None, cfg: ModelConfig, policy: ComputePolicy
+) -> Float[Array, "*lead out"]:
+    """act(y + b), float32; gelu in its tanh or its exact form, or silu."""
+    kind = cfg.feed_forward.removeprefix("glu_")
+    if kind == "gelu_tanh" and b is not None:
+        return biased_gelu(y, b, policy)
+    y = y if b is None else add_bias(y, b, policy)
+    return jax.nn.silu(y) if kind == "silu" else jax.nn.gelu(y, approximate=kind == "gelu_tanh")
 
-    act(h) is gelu(h w_in + b_in), or with a gate (h w_in + b_in) * gelu(h w_gate + b_gate).
+
+def feed_forward(
+    h: Float[Array, "batch seq embed"], p: Params, cfg: ModelConfig, policy: ComputePolicy, rules: Rules
+) -> Float[Array, "batch seq embed"]:
+    """act(h) w_out, a partial sum over the axis of `mlp`, without b_out.
+
+    act(h) is act(h w_in + b_in), or with a gate (h w_in + b_in) * act(h w_gate + b_gate); any bias may be absent.
     """
     split = rules.use(("batch", "seq", "mlp"))
     wide = kept(product("bse,em->bsm", h, p["w_in"], policy, split), policy)
     if "w_gate" in p:
         gate = kept(product("bse,em->bsm", h, p["w_gate"], policy, split), policy)
-        wide = add_bias(wide, p["b_in"], policy) * biased_gelu(gate, p["b_gate"], policy)
+        linear = add_bias(wide, p["b_in"], policy) if "b_in" in p else wide
+        wide = linear * activated(gate, p.get("b_gate"), cfg, policy)
     else:
-        wide = biased_gelu(wide, p["b_in"], policy)
+        wide = activated(wide, p.get("b_in"), cfg, policy)
     return product("bsm,me->bse", wide, p["w_out"], policy, rules.partial(("batch", "seq", "embed"), over="mlp"))
 
 
@@ -325,7 +366,7 @@ def embed_tokens(
 
 
 def sliding_mask(
-    query: Int[Array, "#batch seq"], key: Int[Array, "#batch keys"], window: int
+    query: Int[Array, "#batch seq"], key: Int[Array, "#batch keys"], window: int | Int[Array, ""]
 ) -> Float[Array, "batch 1 seq keys"]:
     """0 where a query at its position may see a key at its position, MASKED elsewhere.
 
@@ -334,6 +375,11 @@ def sliding_mask(
     distance = query[:, :, None] - key[:, None, :]
     seen = (distance >= 0) & (distance < window) & (key[:, None, :] >= 0)
     return jnp.where(seen, 0.0, MASKED)[:, None, :, :]
+
+
+def window_of(layer: Int[Array, ""], cfg: ModelConfig) -> int | Int[Array, ""]:
+    """Newest positions that a query of this layer sees."""
+    return jnp.where(layer % 2 == 1, cfg.window, cfg.n_ctx) if cfg.alternates else cfg.reach
 
 
 def relative_bias(

@@ -102,7 +102,8 @@ def score_tokens(
     if n_chunks == 1:
         return score(unembed(params, x, cfg, policy, rules), targets)
     # Brought together before the chunks, not in each.
-    params = params | {"head": gather(params["head"], param_table(cfg)["head"], rules)}
+    for part in ("embed", "head") if cfg.tied_head else ("head",):
+        params = params | {part: gather(params[part], param_table(cfg)[part], rules)}
 
     def chunks(a: Array) -> Array:
         padded = jnp.pad(a, [(0, 0), (0, n_chunks * width - seq)] + [(0, 0)] * (a.ndim - 2))
@@ -135,7 +136,8 @@ def _score_with_gradient(
 ) -> tuple[Float[Array, ""], TokenScores]:
     """The sum of weighted losses, z term included, whose gradient is computed beside it; and every target's scores."""
     normed = layers.norm(x, head["ln"], cfg).reshape(-1, x.shape[-1])
-    total, scores = head_loss(normed, head["w"], head["b"], targets.reshape(-1), weights.reshape(-1), how)
+    bias = head["b"] if "b" in head else jnp.zeros(cfg.n_vocab)
+    total, scores = head_loss(normed, head["w"], bias, targets.reshape(-1), weights.reshape(-1), how)
     return total, TokenScores(*(a.reshape(targets.shape) for a in scores))
 
 

@@ -42,7 +42,8 @@ def param_table(cfg: ModelConfig) -> Table:
 
     Standard deviations follow the original: embedding 1/sqrt(n_vocab), input projections and head 1/sqrt(d_model),
     both output projections (2 / n_layers) / sqrt(d_model), position tables 0.02 (docs/formats.md, section 6). v2 adds
-    biases to q, k and v, and the gate of its feed-forward, of which `w_in` is the linear half.
+    biases to q, k and v, and the gate of its feed-forward, of which `w_in` is the linear half. A token table that is
+    also the head begins at 0.02, as GPT-2's.
     """
     per_input = 1 / math.sqrt(cfg.d_model)
     per_output = 2 / cfg.n_layers / math.sqrt(cfg.d_model)
@@ -50,8 +51,9 @@ def param_table(cfg: ModelConfig) -> Table:
     kv_heads_in = dataclasses.replace(heads_in, axes=("layers", "embed", "kv_heads", "head_dim"))
     table: Table = {
         "embed": {
-            "tokens": ParamSpec(("vocab", "embed"), std=1 / math.sqrt(cfg.n_vocab), inputs=("vocab",)),
-            "bias": ParamSpec(("embed",)),
+            "tokens": ParamSpec(
+                ("vocab", "embed"), std=0.02 if cfg.tied_head else 1 / math.sqrt(cfg.n_vocab), inputs=("vocab",)
+            ),
         },
         "layers": {
             "ln_1": _norm(cfg, "layers"),
@@ -63,24 +65,21 @@ def param_table(cfg: ModelConfig) -> Table:
             },
             "mlp": {
                 "w_in": ParamSpec(("layers", "embed", "mlp"), std=per_input, inputs=("embed",)),
-                "b_in": ParamSpec(("layers", "mlp")),
                 "w_out": ParamSpec(("layers", "mlp", "embed"), std=per_output, inputs=("mlp",)),
-                "b_out": ParamSpec(("layers", "embed")),
             },
         },
-        "head": {
-            "ln": _norm(cfg),
-            "w": ParamSpec(("embed", "vocab"), std=per_input, inputs=("embed",)),
-            "b": ParamSpec(("vocab",)),
-        },
+        "head": {"ln": _norm(cfg)},
     }
-    if cfg.architecture == "v2":
-        heads_bias = ParamSpec(("layers", "heads", "head_dim"))
-        kv_heads_bias = ParamSpec(("layers", "kv_heads", "head_dim"))
-        table["layers"]["attn"] |= {"b_q": heads_bias, "b_k": kv_heads_bias, "b_v": kv_heads_bias}
-    if cfg.feed_forward == "glu_gelu_tanh":
-        mlp = table["layers"]["mlp"]
-        mlp |= {"w_gate": mlp["w_in"], "b_gate": mlp["b_in"]}
+    attn, mlp = table["layers"]["attn"], table["layers"]["mlp"]
+    if cfg.residual != "parallel":
+        table["layers"]["ln_2"] = _norm(cfg, "layers")
+    if cfg.qk_norm:
+        attn |= {name: {"scale": ParamSpec(("layers", "head_dim"), fill=1.0)} for name in ("q_norm", "k_norm")}
+    if cfg.feed_forward.startswith("glu_"):
+        mlp["w_gate"] = mlp["w_in"]
+    if not cfg.tied_head:
+        table["head"]["w"] = ParamSpec(("embed", "vocab"), std=per_input, inputs=("embed",))
+    _add_biases(table, cfg)
     if cfg.position == "fixed":
         table["embed"]["positions"] = ParamSpec(("ctx", "embed"), std=0.02, inputs=("ctx",))
     if cfg.position == "t5":
@@ -89,10 +88,26 @@ def param_table(cfg: ModelConfig) -> Table:
     return table
 
 
+def _add_biases(table: Table, cfg: ModelConfig) -> None:
+    attn, mlp = table["layers"]["attn"], table["layers"]["mlp"]
+    if "embed" in cfg.biases:
+        table["embed"]["bias"] = ParamSpec(("embed",))
+    if "qkv" in cfg.biases or cfg.architecture == "v2":
+        kv_heads = ParamSpec(("layers", "kv_heads", "head_dim"))
+        attn |= {"b_q": ParamSpec(("layers", "heads", "head_dim")), "b_k": kv_heads, "b_v": kv_heads}
+    if "out" in cfg.biases:
+        attn["b_o"] = ParamSpec(("layers", "embed"))
+    if "mlp" in cfg.biases:
+        wide = ParamSpec(("layers", "mlp"))
+        mlp |= {"b_in": wide, "b_out": ParamSpec(("layers", "embed"))} | ({"b_gate": wide} if "w_gate" in mlp else {})
+    if "head" in cfg.biases:
+        table["head"]["b"] = ParamSpec(("vocab",))
+
+
 def _norm(cfg: ModelConfig, *leading: str) -> Table:
     kind, _, suffix = cfg.norm.partition("-")
     width = () if kind == "scalenorm" else ("embed",)
-    scale = 1.0 if kind == "layernorm" else math.sqrt(cfg.d_model)
+    scale = 1.0 if kind in ("layernorm", "rms") else math.sqrt(cfg.d_model)
     table: Table = {"scale": ParamSpec((*leading, *width), fill=scale)}
     if suffix == "bias" or (kind == "layernorm" and suffix != "nobias"):
         table["bias"] = ParamSpec((*leading, *width))

@@ -104,7 +104,7 @@ def work_of(run: RunConfig, n_devices: int, *, dtype: str, kernel: str, chunk: i
     axes = cfg.axis_sizes
     head_rows = at_one_time / stages
     width = max(1, min(length, int(chunk // head_rows))) if head_rows >= 1 else length
-    gates = 2 if cfg.feed_forward == "glu_gelu_tanh" else 1
+    gates = 2 if cfg.feed_forward.startswith("glu_") else 1
     zero = run.mesh.zero
     in_use = functools.partial(held_values, cfg, sizes, zero)
     return Work(

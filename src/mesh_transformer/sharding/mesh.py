@@ -100,8 +100,9 @@ def check_model(sizes: Sizes, cfg: ModelConfig) -> None:
     """
     widths = cfg.axis_sizes
     heads = "model.n_heads" if cfg.architecture == "v1" else "model.n_shards (the attention heads of v2)"
+    shared = {} if widths["kv_heads"] == widths["heads"] else {"model.n_kv_heads": widths["kv_heads"]}
     divided = {
-        "tensor": {heads: widths["heads"], "model.d_ff": widths["mlp"], "model.n_vocab": widths["vocab"]},
+        "tensor": {heads: widths["heads"], **shared, "model.d_ff": widths["mlp"], "model.n_vocab": widths["vocab"]},
         "pipeline": {"model.n_layers": widths["layers"]},
         "fsdp": {"model.d_model": widths["embed"]},
     }
@@ -114,6 +115,11 @@ def check_model(sizes: Sizes, cfg: ModelConfig) -> None:
                     f"mesh.{axis} = {ways} must divide {name} = {size}; "
                     f"mesh.{axis} = {_nearest_divisor(common, ways)} would do"
                 )
+    if cfg.alternates and sizes.pipeline > 1 and cfg.n_layers // sizes.pipeline % 2:
+        raise ConfigError(
+            f"mesh.pipeline = {sizes.pipeline} gives every stage {cfg.n_layers // sizes.pipeline} layers, an odd "
+            'number, and with model.windowed_layers = "odd" stages must begin alike; expected an even number'
+        )
     if cfg.norm == "layernorm-desync" and sizes.tensor != 1:
         raise ConfigError(
             f'model.norm = "layernorm-desync" does not work with mesh.tensor = {sizes.tensor}: each shard normalises '
@@ -180,6 +186,11 @@ def _check_rounds(sizes: Sizes, run: RunConfig) -> None:
         raise ConfigError(
             f"train.pipeline_interleave = {rounds} must divide the {held} layers of a stage (model.n_layers = "
             f"{run.model.n_layers} over mesh.pipeline = {sizes.pipeline}); {_nearest_divisor(held, rounds)} would do"
+        )
+    if run.model.alternates and held // rounds % 2:
+        raise ConfigError(
+            f"train.pipeline_interleave = {rounds} gives a stage {held // rounds} layers at a time, an odd number, and "
+            'with model.windowed_layers = "odd" all must begin alike; expected an even number'
         )
 
 

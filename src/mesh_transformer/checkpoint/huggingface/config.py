@@ -1,4 +1,4 @@
-"""config.json of a GPT-J, in and out."""
+"""config.json of every family, in and out; how each spells its fields is in `spellings`."""
 
 from __future__ import annotations
 
@@ -9,29 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from mesh_transformer.checkpoint.huggingface.spellings import SPELLINGS, Keys
+from mesh_transformer.checkpoint.names import hf_family
 from mesh_transformer.config.errors import CheckpointError, ConfigError
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.config.schema import model_config_from_dict
 
 CONFIG = "config.json"
-
-# Their key -> our field.
-_FIELDS = {
-    "n_layer": "n_layers",
-    "n_embd": "d_model",
-    "n_head": "n_heads",
-    "vocab_size": "n_vocab",
-    "n_positions": "n_ctx",
-    "rotary_dim": "d_rotary",
-    "layer_norm_epsilon": "norm_eps",
-}
-# What transformers takes where a key is left out.
-_DEFAULTS = {"rotary_dim": 64, "layer_norm_epsilon": 1e-5, "n_inner": None}
-# Keys that change the arithmetic, and the one value that this architecture has.
-_FIXED = {
-    "activation_function": "gelu_new",
-    "tie_word_embeddings": False,
-}
 
 
 def looks_huggingface(path: str | os.PathLike[str]) -> bool:
@@ -46,48 +30,40 @@ def read_config(path: Path) -> ModelConfig:
     """The architecture of a Hugging Face directory.
 
     Raises:
-        CheckpointError: it is not a GPT-J, or a key that changes its arithmetic has another value.
+        CheckpointError: it is of no family that is known here, or a key that changes its arithmetic is unknown or has
+            a value that is not supported; the key is named.
     """
     file = path / CONFIG
     try:
-        found = _DEFAULTS | json.loads(file.read_bytes())
+        found = dict(json.loads(file.read_bytes()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file}: cannot be read as a JSON object ({error})") from error
-    if found.get("model_type") != "gptj":
-        raise CheckpointError(f"{file}: model_type is {found.get('model_type')!r:.80}; expected 'gptj'")
-    for key, expected in _FIXED.items():
-        if found.get(key, expected) != expected:
-            raise CheckpointError(f"{file}: {key} is {found[key]!r:.80}; only {expected!r} is supported")
-    missing = [key for key in _FIELDS if key not in found]
-    if missing:
-        raise CheckpointError(f"{file}: lacks {', '.join(missing)}")
-    for key in ("rotary_dim", "n_inner"):  # 0 would stand for our defaults
-        if found[key] == 0:
-            raise CheckpointError(f"{file}: {key} is 0; expected at least 1")
-    fields = {ours: found[theirs] for theirs, ours in _FIELDS.items()}
-    if found["n_inner"] is not None:
-        fields["d_ff"] = found["n_inner"]
+    kind = found.get("model_type")
+    if not isinstance(kind, str) or kind not in SPELLINGS:
+        raise CheckpointError(f"{file}: model_type is {kind!r:.80}; expected one of: {', '.join(map(repr, SPELLINGS))}")
+    spelling = SPELLINGS[kind]
     try:
-        return model_config_from_dict(fields)
+        return model_config_from_dict(spelling.read(Keys(file, found)))
     except ConfigError as error:
-        names = {f"model.{ours}": theirs for theirs, ours in _FIELDS.items()} | {"model.d_ff": "n_inner"}
-        theirs = [f"{own} is {name} here" for own, name in names.items() if f"{own} " in str(error)]
+        sizes = {**spelling.sizes, "d_ff": spelling.d_ff}
+        theirs = [
+            f"{ours} is {name} here" for own, name in sizes.items() if f"{(ours := f'model.{own}')} " in str(error)
+        ]
         raise CheckpointError(f"{file}: {error}" + (f" ({', '.join(theirs)})" if theirs else "")) from error
 
 
 def config_document(cfg: ModelConfig, dtype: np.dtype, end_of_text: int | None) -> dict[str, Any]:
-    """config.json of a model stored in `dtype`, in the spelling of transformers 5 and of 4."""
-    theirs = {key: getattr(cfg, field) for key, field in _FIELDS.items()}
+    """config.json of a model stored in `dtype`, in the spelling of transformers 5 and of 4.
+
+    Raises:
+        ConfigError: no family has such an architecture.
+    """
+    family = hf_family(cfg)
     # torch_dtype is how transformers 4 spells dtype.
     return {
-        "model_type": "gptj",
-        "architectures": ["GPTJForCausalLM"],
-        **theirs,
-        **_FIXED,
-        "n_inner": None if cfg.d_ff == 4 * cfg.d_model else cfg.d_ff,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
+        "model_type": family.model_type,
+        "architectures": [family.class_name],
+        **SPELLINGS[family.model_type].write(cfg),
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
         "tokenizer_class": _tokenizer_class(end_of_text),

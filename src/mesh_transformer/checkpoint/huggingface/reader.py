@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mesh_transformer.checkpoint.huggingface.config import CONFIG, read_config
-from mesh_transformer.checkpoint.names import hf_table
+from mesh_transformer.checkpoint.huggingface.spellings import SPELLINGS
+from mesh_transformer.checkpoint.names import hf_family, hf_table
 from mesh_transformer.checkpoint.torch_file import TorchFile
 from mesh_transformer.checkpoint.weights import Format, Kind, Piece, Weights, piece_shape
 from mesh_transformer.config.errors import CheckpointError
@@ -26,7 +28,10 @@ _PART_BYTES = 64 * 2**20
 # safetensors' names of the dtypes that a parameter may have; others may belong to constants.
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 # Constants that old exports hold beside the parameters: the causal mask and its fill value, the rotary table.
-_CONSTANTS = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias|embed_positions|rotary_emb\.inv_freq)")
+_CONSTANTS = re.compile(
+    r"(.+\.)?(h|layers)\.\d+\.(attn|self_attn|attention|attn\.attention)"
+    r"\.(bias|masked_bias|embed_positions|rotary_emb\.inv_freq)"
+)
 
 
 class _File(Protocol):
@@ -41,10 +46,27 @@ class _File(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """A tensor: its file, and what it is called there."""
+
+    file: _File
+    name: str
+
+    def describe(self) -> tuple[tuple[int, ...], np.dtype | str]:
+        """Shape and dtype."""
+        return self.file.describe(self.name)
+
+    def parts(self) -> Iterable[np.ndarray]:
+        """The tensor in parts along its first axis."""
+        return self.file.parts(self.name)
+
+
 class HuggingFaceWeights(Weights):
     """A directory that transformers wrote, or could have.
 
-    The embedding bias, which Hugging Face does not have, is zeros.
+    The embedding bias of a GPT-J, which Hugging Face does not have, is zeros. Names may lack the family's prefix, as
+    GPT-2's own files do, and a tied head may be stored beside the table that it is.
 
     Raises:
         CheckpointError: something is missing, damaged or does not fit the configuration; the file is named.
@@ -55,34 +77,75 @@ class HuggingFaceWeights(Weights):
     def __init__(self, path: Path) -> None:
         self.where = path
         self.cfg = read_config(path)
-        self._files = _locate(path)
-        if self.cfg.n_layers > len(self._files):  # a damaged number must not make a table of as many layers
+        files = _locate(path)
+        if self.cfg.n_layers > len(files):  # a damaged number must not make a table of as many layers
             raise CheckpointError(
-                f"{path}: holds {len(self._files)} tensors, too few for the n_layer = {self.cfg.n_layers} of {CONFIG}; "
+                f"{path}: holds {len(files)} tensors, too few for the {self._layers_key()} = {self.cfg.n_layers} of {CONFIG}; "
                 f"is {CONFIG} this model's?"
             )
         self._tensors = hf_table(self.cfg)
-        self._names = {Piece(tensor.path, tensor.layer): name for name, tensor in self._tensors.items()}
+        self._family = hf_family(self.cfg)
+        self._names = {
+            Piece(path, tensor.layer): name for name, tensor in self._tensors.items() for path in tensor.paths
+        }
+        self._files = self._with_prefix(files)
         self._check_names()
         dtypes: dict[str, np.dtype] = {}
         for name, tensor in self._tensors.items():
             found = self._describe(name)
-            dtypes[tensor.path] = np.dtype(jnp.promote_types(dtypes.get(tensor.path, found), found))
-        self.dtypes = dtypes | {"embed/bias": dtypes["embed/tokens"]}
+            for each in tensor.paths:
+                dtypes[each] = np.dtype(jnp.promote_types(dtypes.get(each, found), found))
+        self.dtypes = dtypes | ({"embed/bias": dtypes["embed/tokens"]} if "embed" in self.cfg.biases else {})
+        if self.cfg.tied_head and self._head in self._files:
+            self._check_tied()
+
+    @property
+    def _head(self) -> str:
+        return f"{self._family.names['head']}.weight"
+
+    def _layers_key(self) -> str:
+        return SPELLINGS[hf_family(self.cfg).model_type].sizes["n_layers"]
+
+    def _with_prefix(self, files: Mapping[str, _File]) -> dict[str, Named]:
+        """The tensors by their full names."""
+        prefix = self._family.prefix
+        bare = {name.removeprefix(prefix) for name in self._tensors}
+        found: dict[str, Named] = {}
+        for name, file in files.items():
+            full = name if name.startswith(prefix) or name not in bare or name in self._tensors else prefix + name
+            if full in found:
+                raise CheckpointError(f"{self.where}: holds the tensor {full} twice, with its prefix and without")
+            found[full] = Named(file, name)
+        return found
+
+    def _check_tied(self) -> None:
+        """Returns if the head that is stored is the token table, as the configuration says."""
+        name = self._names[Piece("embed/tokens")]
+        held = (self._files[self._head], self._files[name])
+        if held[0].describe() == held[1].describe():
+            pairs = zip(held[0].parts(), held[1].parts(), strict=True)
+            if all(np.array_equal(a.view(np.uint8), b.view(np.uint8)) for a, b in pairs):
+                return
+        raise CheckpointError(
+            f"{self.where}: {self._head} differs from {name}, and {CONFIG} says that they are one (tie_word_embeddings is "
+            "true, or left out where that means true); set it to false in config.json if the head is one of its own"
+        )
 
     def _check_names(self) -> None:
         missing = [name for name in self._tensors if name not in self._files]
         if missing:
             raise CheckpointError(f"{self.where}: lacks the tensor {missing[0]} ({len(missing)} missing in all)")
-        extra = [name for name in self._files if name not in self._tensors and not _CONSTANTS.fullmatch(name)]
+        known = {*self._tensors, self._head} if self.cfg.tied_head else self._tensors
+        extra = [name for name in self._files if name not in known and not _CONSTANTS.fullmatch(name)]
         if extra:
+            named = "GPT-J" if self._family.model_type == "gptj" else self._family.model_type
             raise CheckpointError(
-                f"{self.where}: holds the tensor {extra[0]} ({len(extra)} such in all), which this GPT-J has not; "
+                f"{self.where}: holds the tensor {extra[0]} ({len(extra)} such in all), which this {named} has not; "
                 "is config.json this model's?"
             )
 
     def _describe(self, name: str) -> np.dtype:
-        found, dtype = self._files[name].describe(name)
+        found, dtype = self._files[name].describe()
         expected = self._tensors[name].stored_shape(self.cfg)
         if found != expected:
             raise CheckpointError(
@@ -94,10 +157,10 @@ class HuggingFaceWeights(Weights):
         return np.dtype(dtype)
 
     def read(self, piece: Piece, kind: Kind = "params") -> np.ndarray:
-        if piece.path == "embed/bias":
+        if piece.path == "embed/bias" and piece not in self._names:
             return np.zeros(piece_shape(self.cfg, piece), self.dtypes["embed/bias"])
         name = self._names[piece]
-        return self._tensors[name].to_own(self._files[name].parts(name), self.dtypes[piece.path], self.cfg)
+        return self._tensors[name].to_own(self._files[name].parts(), self.dtypes[piece.path], self.cfg, piece.path)
 
 
 def _locate(path: Path) -> Mapping[str, _File]:

@@ -1,4 +1,4 @@
-"""Writing a directory that transformers opens as GPTJForCausalLM, one piece at a time."""
+"""Writing a directory that transformers opens as a model of one of its families, one piece at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mesh_transformer.checkpoint.huggingface.config import (
 )
 from mesh_transformer.checkpoint.huggingface.reader import INDEX, SINGLE
 from mesh_transformer.checkpoint.logical import fold_bias
-from mesh_transformer.checkpoint.names import HfTensor, hf_table
+from mesh_transformer.checkpoint.names import HfTensor, hf_family, hf_table
 from mesh_transformer.checkpoint.weights import TOKENIZER_FILE, Piece, Weights, read_ahead
 from mesh_transformer.config.errors import ConfigError
 from mesh_transformer.config.model import ModelConfig
@@ -44,16 +44,17 @@ class _Place:
 
 
 def check_target(cfg: ModelConfig) -> None:
-    """Returns if Hugging Face's GPT-J can hold the architecture.
+    """Returns if one of Hugging Face's families can hold the architecture.
 
     Raises:
-        ConfigError: it has no such architecture, norm, position or heads.
+        ConfigError: none has such an architecture, norm, position or heads.
     """
-    hf_table(cfg)
-    if cfg.n_heads * cfg.d_head != cfg.d_model:
+    family = hf_family(cfg)
+    if cfg.n_heads * cfg.d_head != cfg.d_model and not family.shares_heads:
+        named = "GPT-J" if family.model_type == "gptj" else family.model_type
         raise ConfigError(
             f"model.n_heads * model.d_head = {cfg.n_heads * cfg.d_head} is not model.d_model = {cfg.d_model}: "
-            "Hugging Face's GPT-J has no such heads; keep this model in the native format"
+            f"Hugging Face's {named} has no such heads; keep this model in the native format"
         )
 
 
@@ -123,7 +124,8 @@ def _write_tensors(
     dtype: np.dtype,
     progress: Callable[[int], None],
 ) -> None:
-    names = {Piece(tensor.path, tensor.layer): name for name, tensor in tensors.items()}
+    names = {Piece(path, tensor.layer): name for name, tensor in tensors.items() for path in tensor.paths}
+    waiting: dict[str, dict[str, np.ndarray]] = {}
     descriptors: list[int] = []
     try:
         first: list[int] = []
@@ -132,13 +134,19 @@ def _write_tensors(
             descriptors.append(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
             _write_at(descriptors[-1], header, 0)
             first.append(len(header))
-        bias = weights.read(Piece("embed/bias"))
+        bias = weights.read(Piece("embed/bias")) if "embed" in weights.cfg.biases else None
         for piece, values in read_ahead(weights, (piece for piece in weights.order() if piece in names)):
             name = names[piece]
-            folded = fold_bias(values, bias) if piece.path == "embed/tokens" else values
+            folded = fold_bias(values, bias) if piece.path == "embed/tokens" and bias is not None else values
             if dtype.itemsize < folded.itemsize:  # whichever way fewer bytes are held
                 folded = folded.astype(dtype)
-            stored = tensors[name].to_stored(folded, weights.cfg).reshape(-1)
+            held = waiting.setdefault(name, {})
+            held[piece.path] = folded
+            if len(held) < len(tensors[name].paths):
+                continue
+            own = [held[path] for path in tensors[name].paths]
+            stored = tensors[name].to_stored(own, weights.cfg).reshape(-1)
+            del waiting[name], held, own
             place = places[name]
             for start in range(0, stored.size, _PART):
                 part = stored[start : start + _PART].astype(dtype, copy=False)

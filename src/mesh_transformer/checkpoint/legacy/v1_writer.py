@@ -44,6 +44,8 @@ def check_target(cfg: ModelConfig, n_shards: int) -> None:
             raise ConfigError(
                 f"model.{field}{times} = {own!r}: the original's v1 has only {only!r}; keep another format"
             )
+    for field, value in cfg.departures().items():
+        raise ConfigError(f"model.{field} = {value!r}: the original's v1 has no such model; keep another format")
     check_divides(cfg, n_shards)
 
 
