@@ -341,8 +341,8 @@ def test_what_is_no_model(refused: Refused, here: Path, name: str) -> None:
 
 def test_a_hugging_face_directory_of_another_family(refused: Refused, here: Path) -> None:
     (here / "hf").mkdir()
-    (here / "hf" / "config.json").write_text('{"model_type": "llama"}')
-    refused("inspect", "hf", names=("hf/config.json", "llama", "gptj"))
+    (here / "hf" / "config.json").write_text('{"model_type": "bloom"}')
+    refused("inspect", "hf", names=("hf/config.json", "bloom", "gptj"))
 
 
 # ----------------------------------------------------------------------------------------------------------- prepare

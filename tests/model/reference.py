@@ -57,6 +57,8 @@ def norm(x: np.ndarray, p: dict[str, np.ndarray], how: Arithmetic) -> np.ndarray
         variance = sum((x - mean) ** 2) / len(x)
         y = p["scale"] * (x - mean) / math.sqrt(variance + how.eps)
         return y if how.norm == "layernorm-nobias" else y + p["bias"]
+    if how.norm == "rms":
+        return x / math.sqrt(sum(x**2) / len(x) + how.eps) * p["scale"]
     y = x / (math.sqrt(sum(x**2)) + how.eps) * p["scale"]
     return y + p["bias"] if how.norm in ("rmsnorm-bias", "scalenorm-bias") else y
 

@@ -15,7 +15,8 @@ import pytest
 import reference
 
 from mesh_transformer.config.model import ModelConfig, Norm, Position
-from mesh_transformer.model import decoder, layers
+from mesh_transformer.config.presets import preset
+from mesh_transformer.model import decoder, layers, rope
 from mesh_transformer.model.loss import loss_report, score_logits, score_tokens
 from mesh_transformer.model.params import abstract_params
 from mesh_transformer.model.policy import ComputePolicy
@@ -77,7 +78,7 @@ def test_t5_buckets_over_long_distances() -> None:
 
 
 def test_rotary_tables_are_rounded_from_float64() -> None:
-    sin, cos = layers.rotary_tables(2048, 64)
+    sin, cos = rope.rotary_tables(2048, preset("gpt-j-6b"))
     assert sin.shape == cos.shape == (2048, 32)
     assert sin.dtype == cos.dtype == np.float32
     angle = np.longdouble(2047) * np.longdouble(10000) ** (-np.longdouble(2) / 64)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from golden import gptj
-from mesh_transformer.model import decoder, layers
+from mesh_transformer.model import decoder, layers, rope
 
 Patch = pytest.MonkeyPatch
 
@@ -23,19 +23,19 @@ def swap_k_and_v(patch: Patch) -> None:
 
 
 def rotate_halves(patch: Patch) -> None:
-    def rotate(x, sin, cos):
+    def rotate(x, sin, cos, layout):
         half = sin.shape[-1]
         a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
         sin, cos = sin[:, :, None, :], cos[:, :, None, :]
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
-    patch.setattr(layers, "rotate", rotate)
+    patch.setattr(rope, "rotate", rotate)
 
 
 def rotate_the_other_way(patch: Patch) -> None:
     # Scores still depend on differences of positions only, but with the sign of the difference turned round.
-    original = layers.rotate
-    patch.setattr(layers, "rotate", lambda x, sin, cos: original(x, -sin, cos))
+    original = rope.rotate
+    patch.setattr(rope, "rotate", lambda x, sin, cos, layout: original(x, -sin, cos, layout))
 
 
 def exact_gelu(patch: Patch) -> None:

@@ -62,7 +62,7 @@ def test_every_parameter_of_every_variant(norm: str, position: str) -> None:
     assert table.count_params(cfg) == sum(math.prod(s) for s in shapes.values())
     made = by_name(table.init_params(cfg, jax.random.key(0)))
     assert {name: a.shape for name, a in made.items()} == shapes
-    scale = 1.0 if norm.startswith("layernorm") else 128**0.5
+    scale = 1.0 if norm.startswith("layernorm") or norm == "rms" else 128**0.5
     for name, value in made.items():
         if name.endswith("/scale"):
             np.testing.assert_array_equal(value, np.float32(scale))

@@ -137,8 +137,8 @@ def hf_family(cfg: ModelConfig) -> Family:
         shown = {"architecture": cfg.architecture, "norm": cfg.norm, "position": cfg.position} | cfg.departures()
         raise ConfigError(
             ", ".join(f"model.{name} = {value!r}" for name, value in shown.items())
-            + f": Hugging Face has no such model among the families known here ({', '.join(FAMILIES)}); GPT-J's has only "
-            "'v1', 'layernorm' and 'rotary'; keep this model in another format"
+            + ": Hugging Face's GPT-J has only 'v1', 'layernorm' and 'rotary', and no other family known here "
+            f"({', '.join(FAMILIES)}) has these; keep this model in another format"
         )
     return family
 

@@ -80,8 +80,8 @@ class HuggingFaceWeights(Weights):
         files = _locate(path)
         if self.cfg.n_layers > len(files):  # a damaged number must not make a table of as many layers
             raise CheckpointError(
-                f"{path}: holds {len(files)} tensors, too few for the {self._layers_key()} = {self.cfg.n_layers} of {CONFIG}; "
-                f"is {CONFIG} this model's?"
+                f"{path}: holds {len(files)} tensors, too few for the {self._layers_key()} = {self.cfg.n_layers} of "
+                f"{CONFIG}; is {CONFIG} this model's?"
             )
         self._tensors = hf_table(self.cfg)
         self._family = hf_family(self.cfg)
@@ -127,8 +127,8 @@ class HuggingFaceWeights(Weights):
             if all(np.array_equal(a.view(np.uint8), b.view(np.uint8)) for a, b in pairs):
                 return
         raise CheckpointError(
-            f"{self.where}: {self._head} differs from {name}, and {CONFIG} says that they are one (tie_word_embeddings is "
-            "true, or left out where that means true); set it to false in config.json if the head is one of its own"
+            f"{self.where}: {self._head} differs from {name}, and {CONFIG} says that they are one (tie_word_embeddings "
+            "is true, or left out where that means true); set it to false in config.json if the head is one of its own"
         )
 
     def _check_names(self) -> None:

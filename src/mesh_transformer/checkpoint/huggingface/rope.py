@@ -1,4 +1,4 @@
-"""Rotary fields of config.json, in the spelling of transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters)."""
+"""Rotary fields of config.json: rope_theta and rope_scaling of transformers 4, rope_parameters of transformers 5."""
 
 from __future__ import annotations
 
