@@ -137,17 +137,11 @@ def test_every_option_shows(both: Both) -> None:
             other = dataclasses.replace(both.cfg, **change)
             assert np.abs(logits_of(both.params, ids, other) - expected).max() > 1e-3, change
             seen += 1
-    for name in [leaf for leaf in both.params["layers"]["attn"] if leaf.startswith("b_") or leaf.endswith("_norm")]:
-        attn = {key: leaf for key, leaf in both.params["layers"]["attn"].items() if key != name}
-        if name == "b_k":  # adds the same to all scores of a query, unless keys are turned after it
-            continue
-        if name.endswith("_norm"):
-            attn = {
-                **both.params["layers"]["attn"],
-                name: jax.tree.map(np.ones_like, both.params["layers"]["attn"][name]),
-            }
-        if name in ("b_q", "b_v"):
-            attn = {**both.params["layers"]["attn"], name: np.zeros_like(both.params["layers"]["attn"][name])}
+    own = both.params["layers"]["attn"]
+    # b_k adds the same to all scores of a query, unless keys are turned after it.
+    for name in [leaf for leaf in own if leaf in ("b_q", "b_v", "b_o", "q_norm", "k_norm")]:
+        idle = np.zeros_like if name.startswith("b_") else np.ones_like
+        attn = {**own, name: jax.tree.map(idle, own[name])}
         changed_params = both.params | {"layers": both.params["layers"] | {"attn": attn}}
         assert np.abs(logits_of(changed_params, ids, both.cfg) - expected).max() > 1e-3, name
         seen += 1
