@@ -119,6 +119,9 @@ def _biases(*parts: tuple[Any, tuple[Bias, ...]]) -> list[Bias]:
 def _read_gptj(keys: Keys) -> dict[str, Any]:
     keys.only("activation_function", "gelu_new")
     keys.only("tie_word_embeddings", False)
+    keys.only("scale_attn_weights", True)  # this and the next stand in the published file
+    keys.only("rotary", True)
+    keys.get("n_ctx")
     return {"d_rotary": keys.size("rotary_dim", 64)}
 
 
