@@ -97,7 +97,9 @@ def _values(name: str, shape: tuple[int, ...]) -> np.ndarray:
     if len(shape) == 1:
         is_norm = name.endswith("weight")
         return (1.2 + 0.2 * normal if is_norm else 0.3 * normal).astype(np.float32)
-    if any(part in name for part in ("wte", "wpe", "embed_in", "embed_tokens")):
+    if "embed_in" in name:  # GPT-NeoX repeats itself with small ones
+        return (1.4 * normal).astype(np.float32)
+    if any(part in name for part in ("wte", "wpe", "embed_tokens")):
         return (0.4 * normal).astype(np.float32)
     return (1.2 * normal / math.sqrt(min(shape))).astype(np.float32)
 

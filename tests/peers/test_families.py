@@ -72,11 +72,14 @@ def test_logits_and_gradients(both: Both) -> None:
     assert expected.std() >= 1
     np.testing.assert_allclose(logits_of(both.params, ids, both.cfg), expected, rtol=0, atol=TOLERANCE)
 
-    loss, gradient = jax.jit(jax.value_and_grad(lambda p: loss_report(p, ids, both.cfg, POLICY).loss))(
+    loss, gradient = jax.jit(jax.value_and_grad(lambda p: loss_report(p, jnp.asarray(ids), both.cfg, POLICY).loss))(
         jax.tree.map(jnp.asarray, both.params)
     )
     assert float(loss) == pytest.approx(float(out.loss.detach()), abs=1e-5)
     theirs = {name: p.grad.numpy() for name, p in both.theirs.named_parameters()}
+    if "embed_out.weight" in hf_table(both.cfg):  # what transformers calls the head itself, but not in files
+        theirs["embed_out.weight"] = theirs.pop("lm_head.weight")
+    assert theirs.keys() == hf_table(both.cfg).keys()
     for name, tensor in hf_table(both.cfg).items():
         own = [np.asarray(leaf_at(gradient, path)) for path in tensor.paths]
         own = own if tensor.layer is None else [leaf[tensor.layer] for leaf in own]
@@ -162,7 +165,9 @@ def test_the_directory_goes_out_as_it_came(both: Both, tmp_path: Path) -> None:
         assert tensor.shape == went[name].shape and tensor.tobytes() == went[name].tobytes(), name
     assert read_config(target) == both.cfg
     again = AutoModelForCausalLM.from_pretrained(target, attn_implementation="eager").eval()
-    assert type(again) is type(both.theirs)
+    # A Mistral without a window is a Llama.
+    if both.cfg.window or type(both.theirs).__name__ != "MistralForCausalLM":
+        assert type(again) is type(both.theirs)
     ids = torch.from_numpy(tokens(1, 40).astype(np.int64))
     with torch.no_grad():
         np.testing.assert_array_equal(again(ids).logits.numpy(), both.theirs(ids).logits.numpy())

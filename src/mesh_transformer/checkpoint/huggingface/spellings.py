@@ -247,7 +247,7 @@ def _write_gpt_neox(cfg: ModelConfig) -> dict[str, Any]:
         "rotary_emb_base": cfg.rope_theta,
         "rotary_pct": share,
         "use_parallel_residual": cfg.residual == "parallel-two-norms",
-        "hidden_act": _NAMES[cfg.feed_forward],
+        "hidden_act": "gelu" if cfg.feed_forward == "gelu" else "gelu_fast",  # as GPT-NeoX-20B has it
         "tie_word_embeddings": cfg.tied_head,
         "attention_bias": "qkv" in cfg.biases,
         "attention_dropout": 0.0,
