@@ -41,8 +41,9 @@ test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m "not peers and not long" --numprocesses $(TEST_WORKERS) --dist loadfile \
 		--no-loadscope-reorder $(TEST_ARGS)
 
+# Passive: threads of torch that wait would otherwise take the processor from the other worker.
 test-peers: $(VENV)/peers.stamp
-	$(BIN)/python -m pytest -m "peers and not long" --numprocesses $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "peers and not long" --numprocesses $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
 
 test-long: $(VENV)/peers.stamp
 	$(BIN)/python -m pytest -m long $(TEST_ARGS)

@@ -3,12 +3,12 @@
     python benchmarks/plan_calibration.py --output benchmarks/results/DATE-plan-calibration-cpu.json
     python benchmarks/plan_calibration.py --output THE_SAME --tables docs/planning.md    # its tables anew
 
-Random small models on random meshes of up to eight fake CPU devices, with random remat, accumulation, ZeRO stage and
-moment dtype; the real training step, its layers looped over as on accelerators, compiled from abstract states. Bytes on
-a device are the compiled program's arguments, outputs that are not arguments written anew, and temporaries
-(`memory_analysis`). Nothing is run. A CPU's program is not a TPU's: XLA schedules, fuses and lays out otherwise there.
-The cases are told by a seed; those with which the plan's counts were adjusted had others (docs/planning.md). What
---output holds already is kept, so that the work can be done in pieces (--cases).
+Random small models of several families on random meshes of up to eight fake CPU devices, with random remat,
+accumulation, ZeRO stage and moment dtype; the real training step, its layers looped over as on accelerators, compiled
+from abstract states. Bytes on a device are the compiled program's arguments, outputs that are not arguments written
+anew, and temporaries (`memory_analysis`). Nothing is run. A CPU's program is not a TPU's: XLA schedules, fuses and lays
+out otherwise there. The cases are told by a seed; those with which the plan's counts were adjusted had others
+(docs/planning.md). What --output holds already is kept, so that the work can be done in pieces (--cases).
 
 Beside that, without compiling: the stored programs of the TPU's own compiler (scripts/plan_pods.py), and what the
 original published.
@@ -34,6 +34,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 N_DEVICES = 8
+# Cases of GPT-J's architecture; those that follow are of other families'.
+N_GPT_J = 44
 # Positions whose logits exist at one time.
 CHUNK = 1024
 # Buffers are allotted before machine code is made, so that cheap machine code changes no figure.
@@ -80,12 +82,44 @@ def random_case(seed: int, number: int) -> dict[str, Any]:
     }
 
 
+def family_case(seed: int, number: int) -> dict[str, Any]:
+    """As `random_case`, with an architecture of another family."""
+    rng = random.Random(seed * 10_000 + number + 5_000)
+    case = random_case(seed, number + 5_000)
+    model, tensor = case["model"], case["mesh"]["tensor"]
+    width, length = model["d_model"] // model["n_heads"], model["n_ctx"]
+    kinds: list[dict[str, Any]] = [
+        {"position": "fixed", "residual": "serial", "tied_head": True, "biases": ["qkv", "out", "mlp"]},
+        {"residual": "parallel-two-norms", "rotary_layout": "half", "feed_forward": "gelu", "biases": ["qkv", "mlp"]},
+        {"residual": "serial", "norm": "rms", "rotary_layout": "half", "feed_forward": "glu_silu", "biases": []},
+    ]
+    kind = kinds[number % 3]
+    if number % 3 == 0 and rng.random() < 0.5:
+        kind |= {"window": length // 2, "windowed_layers": "odd", "scale_scores": False}
+    if number % 3 == 2:
+        kind |= {"n_kv_heads": max(model["n_heads"] // rng.choice([1, 2, 4]), tensor), "tied_head": rng.random() < 0.5}
+        kind |= {"qk_norm": rng.random() < 0.5, "window": rng.choice([0, 0, length // 2])}
+        model["d_ff"] = model["d_ff"] * 3 // 4
+    if kind.get("position") == "fixed":
+        del model["d_rotary"]
+    else:
+        kind["d_rotary"] = max(2, width // rng.choice([1, 4]) // 2 * 2)
+    if kind.get("windowed_layers") == "odd" and model["n_layers"] // case["mesh"]["pipeline"] % 2:
+        model["n_layers"] *= 2
+    return case | {"model": model | kind}
+
+
+def case_of(seed: int, number: int) -> dict[str, Any]:
+    """The cases in their order: of GPT-J's architecture first."""
+    return random_case(seed, number) if number < N_GPT_J else family_case(seed, number - N_GPT_J)
+
+
 def run_config(case: dict[str, Any]) -> Any:
     """The run of a case."""
-    from mesh_transformer.config.model import ModelConfig
+    from mesh_transformer.config.model import GPTJ_BIASES, ModelConfig
     from mesh_transformer.config.run import DataConfig, MeshConfig, RunConfig, TrainConfig
 
-    model = ModelConfig(**case["model"])
+    model = ModelConfig(**{**case["model"], "biases": tuple(case["model"].get("biases", GPTJ_BIASES))})
     train = TrainConfig(steps=10, learning_rate=1e-3, compute_dtype="float32", **case["train"])
     data = DataConfig(train="none", sequence_length=model.n_ctx)
     return RunConfig(name="plan", model=model, data=data, train=train, mesh=MeshConfig(**case["mesh"]))
@@ -270,7 +304,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=2022)
-    parser.add_argument("--cases", type=int, default=44, help="how many there are to be in the end")
+    parser.add_argument("--cases", type=int, default=N_GPT_J + 18, help="how many there are to be in the end")
     parser.add_argument("--tables", type=Path, help="a document, whose tables between markers are written anew")
     options = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -279,7 +313,7 @@ def main() -> None:
     known = {case["number"]: case["compiled"] for case in there}
     found: list[dict[str, Any]] = []
     for number in range(options.cases):
-        case = random_case(options.seed, number)
+        case = case_of(options.seed, number)
         begun = time.perf_counter()
         compiled = known.get(number) or compiled_bytes(run_config(case))
         plan = predicted(case)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,11 +20,12 @@ from mesh_transformer.checkpoint.quantized import assemble_as
 from mesh_transformer.checkpoint.weights import TOKENIZER_FILE, InMemory, Weights, stored_bytes
 from mesh_transformer.compat import give_memory_back
 from mesh_transformer.config.dtypes import dtype_name
-from mesh_transformer.config.errors import UserError
+from mesh_transformer.config.errors import DataError, UserError
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.config.run import MeshConfig, mesh_from_text
+from mesh_transformer.data.chat import encode_chat
 from mesh_transformer.data.choice import check_fits, default_tokenizer
-from mesh_transformer.data.tokenizer import Tokenizer, from_bytes, load_tokenizer
+from mesh_transformer.data.tokenizer import Tokenizer, load_tokenizer
 from mesh_transformer.engine.engine import Engine
 from mesh_transformer.engine.generator import Generator
 from mesh_transformer.engine.programs import Programs
@@ -34,12 +35,14 @@ from mesh_transformer.model.decoder import features, forward
 from mesh_transformer.model.params import map_table
 from mesh_transformer.model.policy import ComputePolicy, default_policy, for_inference
 from mesh_transformer.model.quantize import check_layout, check_quantize, is_quantized, map_arrays
+from mesh_transformer.model.tied import with_turned
 from mesh_transformer.sample.options import Completion, Piece, SamplingOptions
 from mesh_transformer.shapes import Params
 from mesh_transformer.sharding.layout import ONE_DEVICE_LAYOUT, Layout, inference_layout, place_array
 from mesh_transformer.sharding.rules import Axes
 
 Prompt = str | Sequence[int]
+SENTENCEPIECE = "tokenizer.model"
 _log = logging.getLogger(__name__)
 
 
@@ -112,7 +115,12 @@ def tokenizer_of(weights: Weights, given: str | None = None) -> Tokenizer | None
     if given is not None:
         chosen: Tokenizer | None = load_tokenizer(given)
     elif file is not None:
-        chosen = from_bytes(file.read_bytes(), name=str(file))
+        chosen = load_tokenizer(file)
+    elif (weights.where / SENTENCEPIECE).is_file():
+        raise DataError(
+            f"{weights.where / SENTENCEPIECE}: is not read here, and there is no {TOKENIZER_FILE} beside it\n"
+            "let transformers write one (AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)), or give --tokenizer"
+        )
     else:
         chosen = default_tokenizer(weights.cfg.n_vocab)
     if chosen is not None:
@@ -159,6 +167,7 @@ class Model:
     ) -> None:
         self.config, self.params, self.tokenizer, self.layout = config, params, tokenizer, layout
         self.policy = for_inference(policy or default_policy(), params, one_device=layout.mesh is None)
+        self.params = params = with_turned(params, config, self.policy, one_device=layout.mesh is None)
         self.source = source
         how: dict[str, Any] = {"cfg": config, "policy": self.policy, "rules": layout.rules}
         self._forward = jax.jit(functools.partial(forward, **how))
@@ -220,6 +229,24 @@ class Model:
         ids, each = self._requests(prompts, samples, SamplingOptions(seed=seed, stop=tuple(stop), **options))
         return self._generator.generate(ids, each)
 
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Any,
+    ) -> list[Completion]:
+        """Answers to messages, `{"role": "user", "content": "Hello"}` and the like, by the model's own chat template.
+
+        Args:
+            tools: what the template is to say may be called, as JSON schemas; an answer is text whatever it calls.
+            options: as `generate`.
+
+        Raises:
+            UserError: as `generate`; or the model has no chat template, or that refuses the messages.
+        """
+        return self.generate([encode_chat(self._tokenizer_or_raise(), messages, tools=tools)], **options)
+
     def stream(self, prompts: Prompt | Sequence[Prompt], options: SamplingOptions, samples: int = 1) -> Iterator[Piece]:
         """As `generate`, in pieces as the text comes."""
         return self._generator.stream(*self._requests(prompts, samples, options))
@@ -252,14 +279,18 @@ class Model:
         continuation = context[len(stripped) :] + continuation
         whole, head = self.encode(stripped + continuation), self.encode(stripped)
         if not head:
-            if self._tokenizer_or_raise().end_of_text is None:
+            if self._tokenizer_or_raise().start is None:
                 raise UserError("the context is empty and this model has no end-of-text token to stand for it")
-            return self._score([self._tokenizer_or_raise().end_of_text], whole)
+            return self._score([self._tokenizer_or_raise().start], whole)
         return self._score(whole[: len(head)], whole[len(head) :])
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Raises UserError for a model without a tokenizer."""
-        return self._tokenizer_or_raise().encode(text)
+        """Token ids of a text, with what the tokenizer puts before every one (Llama's `<s>`).
+
+        Raises:
+            UserError: the model has no tokenizer.
+        """
+        return self._tokenizer_or_raise().encode_prompt(text)
 
     def save(self, path: str | os.PathLike[str], format: str = "native") -> None:
         """Writes the model, self-contained, to a directory that must not exist.
@@ -345,6 +376,6 @@ def conversion(
         dtype=jnp.dtype(dtype) if dtype else None,
         n_shards=shards,
         with_optimizer=with_optimizer,
-        tokenizer={TOKENIZER_FILE: tokenizer.to_bytes()} if tokenizer else {},
+        tokenizer=tokenizer.files() if tokenizer else {},
         end_of_text=tokenizer.end_of_text if tokenizer else None,
     )

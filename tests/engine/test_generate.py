@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 from collections import Counter
@@ -16,6 +17,7 @@ from engine_cases import random_params
 
 from mesh_transformer.config.errors import UserError
 from mesh_transformer.config.model import ModelConfig
+from mesh_transformer.data.companions import Companions
 from mesh_transformer.data.tokenizer import Tokenizer, load_tokenizer
 from mesh_transformer.engine.engine import Engine
 from mesh_transformer.engine.generator import Generator
@@ -156,6 +158,22 @@ def test_end_of_text_ends_unless_ignored_or_held_off() -> None:
         assert ignored.text == "<|endoftext|>" * 6
         assert len(ended.tokens) == 6 and END not in ended.tokens and ended.finish_reason == "length"
         assert len(held.tokens) == 4 and END not in held.tokens and held.finish_reason == "stop"
+
+
+def test_every_id_that_ends_a_text_does() -> None:
+    """A chat model names several, and end-of-text need not be among them."""
+    leaning = copy.copy(generator())
+    head, several = leaning.params["head"], Companions(ends=(7, 300, 65))
+    leaning.params = leaning.params | {"head": head | {"b": head["b"].at[65].set(100.0).at[7].set(90.0)}}
+    assert leaning.tokenizer is not None
+    leaning.tokenizer = dataclasses.replace(leaning.tokenizer, companions=several)
+    assert leaning.tokenizer.ends == (7, 65)  # it has no 300
+    options = [SamplingOptions(max_tokens=6, temperature=0.0, min_tokens=n) for n in (0, 4)]
+    ignored = SamplingOptions(max_tokens=6, temperature=0.0, ignore_eos=True)
+    stopped, held, through, _ = leaning.generate([[1, 2, 3]] * 4, [*options, ignored, ignored])
+    assert (stopped.tokens, stopped.text, stopped.finish_reason) == ([], "", "stop")
+    assert (through.tokens, through.text, through.finish_reason) == ([65] * 6, "A" * 6, "length")
+    assert len(held.tokens) == 4 and not {7, 65} & set(held.tokens) and held.finish_reason == "stop"
 
 
 def test_stop_strings() -> None:

@@ -81,7 +81,7 @@ def test_a_text(call: Call, model: Path, tmp_path: Path) -> None:
         (["--device", "cpu"], "--device is not taken here: JAX chooses it"),
         (
             ["--apply_chat_template", "--tasks", "a"],
-            "--apply_chat_template is not taken here: it needs a chat template",
+            "--apply_chat_template is not taken here: tasks are asked in plain text",
         ),
         (["--use_cache", "x"], "--use_cache is not taken here; lm-eval's own command takes it:"),
         (["--num-fewshoot=3"], "no such option: --num-fewshoot\nsee: mesh-transformer evaluate --help"),

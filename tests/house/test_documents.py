@@ -56,7 +56,8 @@ def test_the_table_of_presets_is_the_presets() -> None:
     fields = [cell.strip() for cell in header.strip("|").split("|")][1:]
     rows = re.findall(r"^\| `(gpt-j-[^`]+)`[^|]*\|(.*)\|$", text, re.MULTILINE)
     written = {name: [int(cell) for cell in cells.split("|")] for name, cells in rows}
-    assert written == {name: [getattr(cfg, field) for field in fields] for name, cfg in PRESETS.items()}
+    own = {name: cfg for name, cfg in PRESETS.items() if name.startswith("gpt-j-")}  # others: docs/families.md
+    assert written == {name: [getattr(cfg, field) for field in fields] for name, cfg in own.items()}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)

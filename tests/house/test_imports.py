@@ -40,6 +40,7 @@ ONLY_IN = {
     "tensorboardX": {"train/tensorboard.py"},
     "wandb": {"train/wandb.py"},
     "tokenizers": {"data/tokenizer.py"},
+    "jinja2": {"data/chat.py"},
     "ray": {"cluster/launch.py"},
     "fastapi": {"serve/app.py", "serve/openapi.py"},
     "uvicorn": {"serve/run.py"},

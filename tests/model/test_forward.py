@@ -45,7 +45,7 @@ def at_once(f: Callable[..., Any], *given: Any) -> Any:
 def params_of(cfg: ModelConfig, seed: int = 0) -> Any:
     """Norm scales of the L2 variants are as wide as the model's, so that logits stay large."""
     params = reference.random_params(abstract_params(cfg), seed)
-    if not cfg.norm.startswith("layernorm"):
+    if cfg.norm.startswith(("rmsnorm", "scalenorm")):
         for p in (params["layers"]["ln_1"], params["head"]["ln"]):
             p["scale"] = p["scale"] * np.float32(cfg.d_model**0.5)
     return params

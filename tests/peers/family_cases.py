@@ -119,10 +119,10 @@ def in_older_spelling(directory: Path) -> None:
     rope = config.pop("rope_parameters", None)
     if rope is not None:
         kind = rope.pop("rope_type", "default")
-        names = ("rotary_emb_base", "rotary_pct") if config["model_type"] == "gpt_neox" else ("rope_theta", "")
-        config[names[0]] = rope.pop("rope_theta")
+        is_neox = config["model_type"] == "gpt_neox"
+        config["rotary_emb_base" if is_neox else "rope_theta"] = rope.pop("rope_theta")
         share = rope.pop("partial_rotary_factor", None)
-        if share is not None and names[1]:
-            config[names[1]] = share
+        if share is not None:
+            config["rotary_pct" if is_neox else "partial_rotary_factor"] = share
         config["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
     file.write_text(json.dumps(config))

@@ -47,7 +47,11 @@ class Both:
     path: Path
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+# One model of each family is always compared; the others, with options of their own, in the long tests.
+_EVERY_CASE = [pytest.param(name, marks=[pytest.mark.long] if "-" in name else []) for name in CASES]
+
+
+@pytest.fixture(scope="module", params=_EVERY_CASE)
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
     path = tmp_path_factory.mktemp("family") / "model"
     theirs = make(CASES[request.param])

@@ -32,7 +32,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     place = tmp_path_factory.mktemp("fuzzed")
     model = save_tiny_model(place / "model")
     line = [sys.executable, "-m", "mesh_transformer", "serve", str(model), "--max-batch", "4"]
-    limits = ["--max-tokens-limit", "256", "--max-choices", "8"]
+    (place / "chat.jinja").write_text("{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}")
+    limits = ["--max-tokens-limit", "256", "--max-choices", "8", "--chat-template", str(place / "chat.jinja")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_PLATFORMS", "cpu")
         patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")

@@ -98,7 +98,7 @@ def test_wrong_values(server: Any, field: str, value: Any, shown: str, expected:
 
 OTHER: list[tuple[dict[str, Any], str | None, str]] = [
     ({"temprature": 1}, "temprature", 'the field "temprature" is not known; did you mean temperature?'),
-    ({"messages": []}, "messages", 'the field "messages" is not known; the fields are model, prompt, max_tokens, '),
+    ({"messages": []}, "messages", 'the field "messages" is not known; the fields are model, temperature, top_p, '),
     ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage",
      f"stream_options.include_usage = 1; expected {USAGE}"),
     ({"stream": True, "stream_options": {"include_usag": 1}}, "stream_options.include_usag",
@@ -233,7 +233,7 @@ def test_a_body_may_be_too_large(make_server: Any, announced: bool) -> None:
         ("POST", "/health", 405, "POST /health is not offered; expected "),
         ("DELETE", "/v1/models", 405, "DELETE /v1/models is not offered; expected GET"),
         ("GET", "/nothing", 404, "there is nothing at /nothing; the endpoints are listed at /openapi.json"),
-        ("POST", "/v1/chat/completions", 404, "there is nothing at /v1/chat/completions; "),
+        ("POST", "/v1/embeddings", 404, "there is nothing at /v1/embeddings; "),
         ("GET", "/docs", 404, "there is nothing at /docs; "),
         ("GET", "/health/", 404, "there is nothing at /health/; "),
         ("OPTIONS", "/v1/completions", 405, "OPTIONS /v1/completions is not offered; expected POST"),

@@ -1,14 +1,17 @@
-"""Hugging Face's GPT-J on PyTorch as a contender at training."""
+"""Hugging Face's model of the same architecture on PyTorch as a contender at training."""
 
 from __future__ import annotations
 
 import contextlib
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
 from mesh_transformer.bench.ours import batch
+from mesh_transformer.checkpoint.huggingface.config import config_document
+from mesh_transformer.config.model import ModelConfig
 
 
 class TrainContender:
@@ -21,21 +24,10 @@ class TrainContender:
     def __init__(self, spec: dict[str, Any]) -> None:
         torch.manual_seed(0)
         torch.set_num_threads(spec["threads"])
-        model = spec["model"]
-        config = transformers.GPTJConfig(
-            vocab_size=model["n_vocab"],
-            n_positions=model["n_ctx"],
-            n_embd=model["d_model"],
-            n_layer=model["n_layers"],
-            n_head=model["n_heads"],
-            rotary_dim=model["d_rotary"],
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            tie_word_embeddings=False,
-            use_cache=False,
-        )
-        self._model = transformers.GPTJForCausalLM(config).float().train()
+        cfg = ModelConfig(**spec["model"])
+        document = config_document(cfg, np.dtype(np.float32), None) | {"use_cache": False}
+        config = transformers.AutoConfig.for_model(**document)
+        self._model = transformers.AutoModelForCausalLM.from_config(config).float().train()
         matrices = [p for p in self._model.parameters() if p.ndim > 1]
         vectors = [p for p in self._model.parameters() if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -43,7 +35,7 @@ class TrainContender:
         self._autocast = spec["dtype"] == "bfloat16"
         self._compiled = spec.get("compiled", False)
         self._loss = torch.compile(self._eager_loss) if self._compiled else self._eager_loss
-        rows = torch.from_numpy(batch(model["n_vocab"], spec["batch_size"], spec["sequence_length"])).long()
+        rows = torch.from_numpy(batch(cfg.n_vocab, spec["batch_size"], spec["sequence_length"])).long()
         self._inputs, self._targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def step(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class _Generator:
         torch.set_num_threads(spec["threads"])
         precision = spec["precision"]
         dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        self._model = transformers.GPTJForCausalLM.from_pretrained(spec["directory"], dtype=dtype).eval()
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(spec["directory"], dtype=dtype).eval()
         # Every completion has the length asked for, on all sides.
         self._model.generation_config.eos_token_id = None
         self._model.generation_config.pad_token_id = 0

@@ -43,16 +43,16 @@ def texts(spec: dict[str, Any], turn: int) -> list[Text]:
 def weight_bytes(cfg: ModelConfig, precision: str) -> int:
     """Bytes of weights that a decoding step reads, however many texts it writes.
 
-    Every matrix that tokens are multiplied with, the head among them, once; of int8 with a float32 scale for each
-    output channel, of int4 with a float16 scale for each group of 32 (or "int4-128": 128) along the last contracted
-    axis. Rows looked up in tables, norms and biases are left out: less than a thousandth.
+    Every matrix that tokens are multiplied with, the head among them (which may be the token table), once; of int8 with
+    a float32 scale for each output channel, of int4 with a float16 scale for each group of 32 (or "int4-128": 128)
+    along the last contracted axis. Rows looked up in tables, norms and biases are left out: less than a thousandth.
     """
+    from mesh_transformer.model import tied
     from mesh_transformer.model.params import is_multiplied, named_specs, size
 
     total = 0.0
-    for spec in named_specs(cfg).values():
-        if not is_multiplied(spec):
-            continue
+    multiplied = [spec for spec in named_specs(cfg).values() if is_multiplied(spec)]
+    for spec in [*multiplied, tied.SPEC] if cfg.tied_head else multiplied:
         n, contracted = size(spec, cfg), [cfg.axis_sizes[axis] for axis in spec.inputs]
         if precision == "int8":
             total += n + 4 * n / math.prod(contracted)

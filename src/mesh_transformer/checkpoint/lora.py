@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from mesh_transformer.checkpoint import opening
+from mesh_transformer.checkpoint.families import family_of
 from mesh_transformer.checkpoint.logical import fingerprint
-from mesh_transformer.checkpoint.names import has_hf_names, hf_table
+from mesh_transformer.checkpoint.names import hf_table
 from mesh_transformer.checkpoint.slices import ArrayReader
 from mesh_transformer.checkpoint.weights import Format, Kind, Piece, Weights
 from mesh_transformer.config.checks import shown
@@ -75,15 +76,37 @@ def target_paths(targets: Iterable[str], cfg: ModelConfig) -> tuple[str, ...]:
 
 
 def target_names(cfg: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Path -> names by which a configuration may call the matrix: ours, and Hugging Face's where it has one."""
-    modules = hf_modules(cfg) if has_hf_names(cfg) else {}
-    names = {path: path.rsplit("/", 1)[-1] for path in adaptable(cfg)}
-    return {path: (name, modules[path]) if path in modules else (name,) for path, name in names.items()}
+    """Path -> names by which a configuration may call the matrix: ours, and Hugging Face's where it has one.
+
+    One that means several matrices there means them here: GPT-2's `c_attn` is q, k and v, its `c_proj` o and w_out.
+    """
+    modules = hf_modules(cfg) if family_of(cfg) is not None else {}
+    names: dict[str, tuple[str, ...]] = {}
+    for path in adaptable(cfg):
+        module = modules.get(path, "")
+        theirs = (module.rsplit(".", 1)[-1], module) if module else ()
+        names[path] = tuple(dict.fromkeys((path.rsplit("/", 1)[-1], *theirs)))
+    return names
 
 
 def hf_modules(cfg: ModelConfig) -> dict[str, str]:
-    """Path -> last part of the matrix's module in Hugging Face's GPT-J: "q_proj", "lm_head"."""
-    return {tensor.path: name.split(".")[-2] for name, tensor in hf_table(cfg).items() if tensor.path in adaptable(cfg)}
+    """Path -> the end of its module's name in its Hugging Face family that no other module of a layer shares: "q_proj",
+    "lm_head", GPT-2's "attn.c_proj". q, k and v in one tensor have one module.
+    """
+    modules = {
+        path: name.rsplit(".", 1)[0]
+        for name, tensor in hf_table(cfg).items()
+        if tensor.layer in (None, 0)
+        for path in tensor.paths
+    }
+
+    def shortest(module: str) -> str:
+        parts = module.split(".")
+        ends = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
+        others = set(modules.values()) - {module}
+        return next(end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others))
+
+    return {path: shortest(module) for path, module in modules.items() if path in adaptable(cfg)}
 
 
 def record_of(lora: LoraConfig | None, cfg: ModelConfig) -> LoraRecord | None:

@@ -20,7 +20,11 @@ from mesh_transformer.files import is_leftover
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 # What of a repository a GPT-J is read from; safetensors, or .bin where there are none.
-_HUB_FILES = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
+_HUB_FILES = [
+    *("config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"),
+    # What the tokenizer's companions are read from.
+    *("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "*.jinja", "tokenizer.model"),
+]
 _HUB_TORCH_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 

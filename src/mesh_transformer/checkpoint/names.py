@@ -60,12 +60,14 @@ class HfTensor:
     def to_stored(self, own: np.ndarray | list[np.ndarray], cfg: ModelConfig) -> np.ndarray:
         """A piece in our own axes, or one for each of `paths`, as Hugging Face lays it out, contiguous."""
         pieces = own if isinstance(own, list) else [own]
-        if len(self.paths) > 1:
-            whole = np.stack(pieces, axis=pieces[0].ndim - self._part_axis_from_end)
-        else:
-            whole = pieces[0]
-        flat = np.ascontiguousarray(whole).reshape(self.matrix_shape(cfg))
+        flat = np.ascontiguousarray(self.together(pieces)).reshape(self.matrix_shape(cfg))
         return transposed(flat) if self.is_transposed else flat
+
+    def together(self, pieces: list[np.ndarray]) -> np.ndarray:
+        """One array for each of `paths`, [..., heads, head_dim] where they are several, in the order of one tensor."""
+        if len(pieces) == 1:
+            return pieces[0]
+        return np.stack(pieces, axis=pieces[0].ndim - self._part_axis_from_end)
 
     def to_own(
         self, parts: Iterable[np.ndarray], dtype: np.dtype, cfg: ModelConfig, path: str | None = None

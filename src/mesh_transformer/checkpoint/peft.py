@@ -1,13 +1,15 @@
 """An adapter as the directory that the peft library loads: adapter_config.json and adapter_model.safetensors.
 
-It is loaded onto the Hugging Face export of the base: peft finds each matrix by its module's name there.
+It is loaded onto the Hugging Face export of the base: peft finds each matrix by its module's name there. Where q, k and
+v are one tensor (GPT-2, GPT-NeoX), one adapter stands for those of them that were trained: their ranks side by side,
+with zeros where a rank of one would reach another.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import numpy as np
 
 from mesh_transformer.checkpoint.huggingface import check_target
 from mesh_transformer.checkpoint.lora import LoraWeights, hf_modules
-from mesh_transformer.checkpoint.names import hf_table
+from mesh_transformer.checkpoint.names import HfTensor, hf_family, hf_table
 from mesh_transformer.checkpoint.weights import Piece, Weights
 from mesh_transformer.config.errors import CheckpointError, UserError
 from mesh_transformer.files import atomic_directory, clear_leftovers
@@ -31,7 +33,7 @@ def write_peft(weights: Weights, target: Path, *, base_name: str | None = None, 
         base_name: what peft is to load the base from, a path or a Hub id; None: where the base is.
 
     Raises:
-        UserError: the model is no adapter, Hugging Face's GPT-J has no such architecture, or the target exists.
+        UserError: the model is no adapter, no family of Hugging Face's has such an architecture, or the target exists.
         CheckpointError: the adapter is damaged, or the target cannot be written.
     """
     if not isinstance(weights, LoraWeights):
@@ -56,32 +58,52 @@ def write_peft(weights: Weights, target: Path, *, base_name: str | None = None, 
 
 
 def _tensors(weights: LoraWeights) -> dict[str, np.ndarray]:
-    """peft's names; float32, A as [rank, in] and B as [out, rank]: its matrices are (out, in)."""
-    rank = weights.record.rank
+    """peft's names; float32, A as [rank, in] and B as [out, rank], whichever way round the matrix is stored."""
     found = {}
     for name, tensor in hf_table(weights.cfg).items():
-        if tensor.path in weights.record.targets:
-            module = f"base_model.model.{name.removesuffix('.weight')}"
-            n_in, n_out = tensor.matrix_shape(weights.cfg)
-            a, b = (weights.factor(Piece(tensor.path, tensor.layer), factor) for factor in ("a", "b"))
-            assert a.size == math.prod((n_in, rank)) and b.size == math.prod((rank, n_out))
-            found[f"{module}.lora_A.weight"] = np.ascontiguousarray(a.reshape(n_in, rank).T)
-            found[f"{module}.lora_B.weight"] = np.ascontiguousarray(b.reshape(rank, n_out).T)
+        if set(tensor.paths) & set(weights.record.targets):
+            module = f"base_model.model.{_module(name.removesuffix('.weight'))}"
+            a, b = _factors(weights, tensor)
+            found[f"{module}.lora_A.weight"] = np.ascontiguousarray(a.T)
+            found[f"{module}.lora_B.weight"] = np.ascontiguousarray(b.T)
     return found
 
 
+def _factors(weights: LoraWeights, tensor: HfTensor) -> tuple[np.ndarray, np.ndarray]:
+    """A [in, ranks] and B [ranks, out] of one tensor, which may hold several targets."""
+    n_in, n_out = tensor.matrix_shape(weights.cfg)
+    rank, all_a, all_b = weights.record.rank, [], []
+    for path in tensor.paths:
+        if path in weights.record.targets:
+            a, b = (weights.factor(Piece(path, tensor.layer), factor) for factor in ("a", "b"))
+            all_a.append(a.reshape(n_in, rank))
+            whole = tensor.together([b if other == path else np.zeros_like(b) for other in tensor.paths])
+            all_b.append(whole.reshape(rank, n_out))
+    return np.concatenate(all_a, axis=1), np.concatenate(all_b, axis=0)
+
+
+def _module(name: str) -> str:
+    """A module's name in a model in memory: transformers 5 calls GPT-NeoX's head otherwise there than in files."""
+    return "lm_head" if name == "embed_out" else name
+
+
 def _config(weights: LoraWeights, base_name: str) -> dict[str, Any]:
-    modules = hf_modules(weights.cfg)
+    record = weights.record
+    modules = {path: _module(module) for path, module in hf_modules(weights.cfg).items() if path in record.targets}
+    held = Counter(modules.values())
+    several = {module: n for module, n in held.items() if n > 1}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
-        "r": weights.record.rank,
-        "lora_alpha": weights.record.alpha,
-        "target_modules": sorted(modules[path] for path in weights.record.targets),
+        "r": record.rank,
+        "lora_alpha": record.alpha,
+        "rank_pattern": {module: n * record.rank for module, n in several.items()},
+        "alpha_pattern": {module: n * record.alpha for module, n in several.items()},
+        "target_modules": sorted(held),
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": hf_family(weights.cfg).inputs_first,
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,

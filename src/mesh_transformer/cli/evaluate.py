@@ -11,6 +11,7 @@ from mesh_transformer.cli import model_options
 
 if TYPE_CHECKING:
     from mesh_transformer.api import Model
+    from mesh_transformer.config.model import ModelConfig
     from mesh_transformer.evaluate.running import RunOptions
     from mesh_transformer.evaluate.tasks import Tasks
     from mesh_transformer.processes import Processes
@@ -22,8 +23,8 @@ _REFUSED = {
     "model_args": "this command has options of its own for them: --dtype, --mesh, ...",
     "device": "JAX chooses it; JAX_PLATFORMS=cpu, cuda or tpu before the command does",
     "max_batch_size": "texts are put together by their lengths",
-    "fewshot_as_multiturn": "it needs a chat template, and this model has none",
-    "apply_chat_template": "it needs a chat template, and this model has none",
+    "fewshot_as_multiturn": "tasks are asked in plain text, without a chat template",
+    "apply_chat_template": "tasks are asked in plain text, without a chat template",
 }
 _ELSEWHERE = (
     "use_cache", "cache_requests", "check_integrity", "show_config", "verbosity", "wandb_args", "wandb_config_args",
@@ -114,7 +115,7 @@ def evaluate(
     processes = join(note)
     if processes.count > 1:
         check_same(processes, {"options": repr(sorted(context.params.items())), **version_facts()})
-    found, options = None, None
+    found, options, names = None, None, list[str]()
     if tasks:
         from mesh_transformer.evaluate.running import RunOptions
         from mesh_transformer.evaluate.tasks import load_tasks
@@ -144,6 +145,7 @@ def evaluate(
     with Watchdog(processes, 0):
         if options is not None:
             results = _run_tasks(opened, found, options, processes, legacy_prompts, n_rows)
+            _add_row(results, names, opened.config, model, legacy_prompts)
         if words is not None:
             results["text"] = _score_text(opened, str(text), words, n_rows, shown=processes.is_first)
         if output is not None and processes.is_first:
@@ -189,6 +191,18 @@ def _run_tasks(
     if harness.n_written:
         note(f"{harness.n_written:,} tokens written")
     return results
+
+
+def _add_row(results: dict[str, Any], names: list[str], cfg: ModelConfig, model: str, legacy_prompts: bool) -> None:
+    """Of the preset of the published table: its row into the results, and shown."""
+    from mesh_transformer.evaluate.tasks import TABLE
+    from mesh_transformer.evaluate.zero_shot import row_of
+
+    if TABLE in names and results:  # which the first process alone has
+        row = row_of(results, cfg, Path(model).name or model, legacy_prompts=legacy_prompts)
+        if row is not None:
+            results[TABLE] = row
+            typer.echo(row["markdown"])
 
 
 def _score_text(opened: Model, name: str, words: str, n_rows: int | None, *, shown: bool) -> dict[str, Any]:

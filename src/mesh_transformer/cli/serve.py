@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 WhenFull = Literal["slide", "stop"]
 KEY_VARIABLE = "MESH_TRANSFORMER_API_KEY"
-_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client", "jinja2")
 
 
 def serve(
@@ -35,6 +35,9 @@ def serve(
     when_full: WhenFull = typer.Option(
         "slide", help="A text that outgrows the context forgets its beginning, or ends."
     ),
+    chat_template: str | None = typer.Option(
+        None, metavar="FILE", help="Jinja text that makes a prompt of messages; default: the model's own."
+    ),
     max_prompt_tokens: int | None = typer.Option(None, min=1, help="Of one prompt; default: the context."),
     max_body_bytes: int = typer.Option(1 << 20, min=1, help="Of one request."),
     max_tokens_limit: int = typer.Option(4096, min=1, help="The largest max_tokens of a request."),
@@ -51,7 +54,7 @@ def serve(
     mesh: model_options.Mesh = None,
     config: model_options.Config = None,
 ) -> None:
-    """Serve a model over HTTP: OpenAI's completions protocol, the original's two, and a page to try it on."""
+    """Serve a model over HTTP: OpenAI's protocol for completions and chats, the original's two, and a page."""
     from mesh_transformer.config.errors import UserError
 
     missing = [package for package in _NEEDED if importlib.util.find_spec(package) is None]
@@ -61,6 +64,7 @@ def serve(
 
     start_session()
     from mesh_transformer.cli.console import note
+    from mesh_transformer.data.chat import with_template
     from mesh_transformer.serve.options import ServeOptions
     from mesh_transformer.serve.run import bind, is_loopback, run, url_of
     from mesh_transformer.serve.served import Served
@@ -84,6 +88,10 @@ def serve(
         opened = open_model(
             model, dtype=dtype, tokenizer=tokenizer, step=step, config=config, mesh=mesh, quantize=quantize
         )
+        if chat_template is not None:
+            if opened.tokenizer is None:
+                raise UserError("--chat-template is for text, and this model has no tokenizer; give --tokenizer")
+            opened.tokenizer = with_template(opened.tokenizer, chat_template)
         service = opened.service(max_batch=max_batch, max_queue=max_queue, when_full=when_full)
         served = Served(facts_of(opened, when_full, variant=f"{dtype} {quantize} {mesh}"), service, checked)
         status = run(served, bound, note)

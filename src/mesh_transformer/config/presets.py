@@ -3,8 +3,9 @@
 `gpt-j-6b` is the published model. `2.7b` to `23b` are the shapes on which the original reported throughput, all with
 GPT-J's vocabulary, context and rotary width (the original measured the three smaller ones on 256 byte values). `40b` is
 GPT-J enlarged to the size that the original named as its limit on TPU v3, a shape of this project's own.
-`gpt-j-77m` and `gpt-j-0.6b` are the models of the CPU benchmarks, `gpt-j-demo` is what `mesh-transformer demo` trains
-in minutes on two CPU cores; `gpt-j-tiny` is for tests. The other families' presets are their published models, with
+`gpt-j-77m`, `gpt-j-0.6b` and `llama-77m` are the models of the CPU benchmarks, the last with as many values in every
+layer's matrices as the first; `gpt-j-demo` is what `mesh-transformer demo` trains in minutes on two CPU cores;
+`gpt-j-tiny` is for tests. The other families' presets are their published models, with
 the vocabularies that their files hold, padding included.
 """
 
@@ -115,6 +116,18 @@ PRESETS: dict[str, ModelConfig] = {
         n_ctx=131072,
         rope_theta=500000.0,
         rope_scaling=RopeScaling(kind="llama3", factor=8.0, original_ctx=8192),
+    ),
+    "llama-77m": dataclasses.replace(
+        _LLAMA_2_7B,
+        n_layers=8,
+        d_model=512,
+        n_heads=8,
+        n_kv_heads=4,
+        d_head=64,
+        d_rotary=64,
+        d_ff=1536,
+        n_vocab=50400,
+        n_ctx=256,
     ),
     "qwen3-0.6b": dataclasses.replace(
         _LLAMA_2_7B,

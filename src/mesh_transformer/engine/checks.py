@@ -23,9 +23,9 @@ def checked_prompt(
     """
     prompt, options = list(request.prompt), request.options
     if not prompt:
-        if tokenizer is None or tokenizer.end_of_text is None:
+        if tokenizer is None or tokenizer.start is None:
             raise UserError("the prompt is empty and this model has no end-of-text token to start from")
-        prompt = [tokenizer.end_of_text]
+        prompt = [tokenizer.start]
     if len(prompt) > cfg.n_ctx:
         raise UserError(
             f"the prompt has {len(prompt)} tokens but the model's context holds {cfg.n_ctx}; "

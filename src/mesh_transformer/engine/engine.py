@@ -125,9 +125,9 @@ class Engine:
         return bool(self.running or self.waiting)
 
     @property
-    def end_of_text(self) -> int | None:
-        """The id that ends a text, if there is one."""
-        return self.tokenizer.end_of_text if self.tokenizer else None
+    def ends(self) -> tuple[int, ...]:
+        """The ids that end a text, if there are any."""
+        return self.tokenizer.ends if self.tokenizer else ()
 
     # ------------------------------------------------------------------------------------------ requests
 
@@ -357,15 +357,15 @@ class Engine:
         scored = any(s.request.logprobs is not None for s in order if s is not None)
         return _Work((tokens, scores if scored else None), lambda found: self._deliver(order, *found))
 
-    def _choice(self, order: list[Sequence | None]) -> tuple[np.ndarray, int, Uses]:
+    def _choice(self, order: list[Sequence | None]) -> tuple[np.ndarray, tuple[int, ...], Uses]:
         """What `Programs.choose` is told of the rows that belong to a text."""
         rows = np.full((len(order), 3), (self.max_batch, 0, 0), np.int32)
         for row, sequence in zip(rows, order, strict=True):
             if sequence is not None:
                 assert sequence.slot is not None
                 row[:] = sequence.slot, len(sequence.tokens), max(0, sequence.options.min_tokens - sequence.n_new)
-        end = -1 if self.end_of_text is None else self.end_of_text
-        return rows, end, self.uses._replace(shaping=any(s.options.shapes for s in order if s is not None))
+        shaping = any(s.options.shapes for s in order if s is not None)
+        return rows, self.ends or (-1,), self.uses._replace(shaping=shaping)
 
     def _deliver(self, order: list[Sequence | None], tokens: np.ndarray, scores: Alternatives | None) -> list[Said]:
         said = []
@@ -375,7 +375,7 @@ class Engine:
                 continue
             token, wanted = int(tokens[i]), sequence.request.logprobs
             logprob = None if scores is None or wanted is None else _logprob(scores, (i,), token, wanted)
-            output = sequence.take(token, self.end_of_text, logprob, longest)
+            output = sequence.take(token, self.ends, logprob, longest)
             self.counts.generated_tokens += 1
             if sequence.done:
                 self._leave(sequence)

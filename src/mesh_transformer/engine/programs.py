@@ -110,19 +110,19 @@ class Programs:
         slots: Slots,
         rows: np.ndarray,
         chosen: np.ndarray,
-        end: int,
+        end: int | Sequence[int],
         n: int,
         uses: Uses,
     ) -> tuple[Array, Alternatives | None, KVCache, Slots]:
         """See `write_several`. On one device."""
         rows = self.used_columns(rows, rows[:, 1] + n - 1)
-        return self._write(params, rows, chosen, np.int32(end), cache=cache, slots=slots, n=n, uses=uses)
+        return self._write(params, rows, chosen, _several(end), cache=cache, slots=slots, n=n, uses=uses)
 
     def choose(
-        self, logits: Array, slots: Slots, rows: np.ndarray, end: int, uses: Uses
+        self, logits: Array, slots: Slots, rows: np.ndarray, end: int | Sequence[int], uses: Uses
     ) -> tuple[Array, Alternatives | None, Slots]:
         """See `choose`."""
-        return self._choose(logits, rows, np.int32(end), slots=slots, uses=uses)
+        return self._choose(logits, rows, _several(end), slots=slots, uses=uses)
 
     def fill(self, slots: Slots, *values: Any) -> Slots:
         """See `slots.fill_slot`."""
@@ -148,6 +148,10 @@ class Programs:
     def _whole(self, value: Array) -> Array:
         """On one device: choosing the next tokens is little work."""
         return value if self.layout.mesh is None else value.addressable_data(0)
+
+
+def _several(end: int | Sequence[int]) -> np.ndarray:
+    return np.atleast_1d(np.asarray(end, np.int32))
 
 
 def prefill(
@@ -201,7 +205,7 @@ def write_several(
     params: Params,
     rows: Int[Array, "batch columns"],
     chosen: Int[Array, "batch 3"],
-    end: Int[Array, ""],
+    end: Int[Array, " ends"],
     *,
     cache: KVCache,
     slots: Slots,
@@ -232,21 +236,21 @@ def write_several(
 def choose(
     logits: Float[Array, "batch vocab"],
     rows: Int[Array, "batch 3"],
-    end: Int[Array, ""],
+    end: Int[Array, " ends"],
     *,
     slots: Slots,
     uses: Uses,
 ) -> tuple[Int[Array, " batch"], Alternatives | None, Slots]:
     """The next token of every row, its likelihood, and the slots that have counted it.
 
-    rows: slot, position of the new token, for how many tokens end-of-text is held off. end: the end-of-text id,
+    rows: slot, position of the new token, for how many tokens end-of-text is held off. end: the ids that end a text,
     negative if there is none. Likelihoods are the model's own, and zeros where no row asks for them at the time.
     """
     slot, positions, held_off = rows.T
     own = logits
     if uses.shaping:
         logits = shape_logits(logits, slots, slot)
-    at_end = jnp.arange(logits.shape[1]) == end
+    at_end = jnp.any(jnp.arange(logits.shape[1])[:, None] == end, axis=1)
     logits = jnp.where(at_end[None, :] & (held_off > 0)[:, None], -jnp.inf, logits)
     options = jax.tree.map(lambda values: values[slot], slots.options)
     tokens = next_tokens(logits, positions, options, default=uses.filters, legacy=uses.legacy)

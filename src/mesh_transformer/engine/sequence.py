@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 import numpy as np
 
@@ -64,10 +65,10 @@ class Sequence:
         """Forgets the cache; the newest `n` tokens are to be read from position 0."""
         self.start, self.n_read, self.prefix, self.reading = len(self.tokens) - n, 0, EMPTY_PREFIX, True
 
-    def take(self, token: int, end_of_text: int | None, logprob: TokenLogprob | None, longest: int) -> Output:
-        """Adds a token and says what follows from it; a text of `longest` tokens ends."""
+    def take(self, token: int, ends: Collection[int], logprob: TokenLogprob | None, longest: int) -> Output:
+        """Adds a token and says what follows from it; one of `ends`, and a text of `longest` tokens, ends."""
         logprobs = (logprob,) if logprob else ()
-        if token == end_of_text and not self.options.ignore_eos:
+        if token in ends and not self.options.ignore_eos:
             return self._finished(self._output(logprobs=logprobs), "stop")
         self.tokens.append(token)
         text = self._stream.push(token)

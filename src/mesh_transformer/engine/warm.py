@@ -39,4 +39,6 @@ def _choose(engine: Engine, logits: jax.Array) -> None:
     rows = np.full((len(logits), 3), (engine.max_batch, 0, 0), np.int32)
     for shaping in (False, True):
         uses = engine.uses._replace(shaping=shaping)
-        _, _, engine.slots = engine.programs.choose(logits, engine.slots, rows, -1, uses)
+        # As many ends as texts have: another number would be another program.
+        ends = [-1] * max(1, len(engine.ends))
+        _, _, engine.slots = engine.programs.choose(logits, engine.slots, rows, ends, uses)

@@ -12,24 +12,25 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
     """The ids of a pair as lm-evaluation-harness' own models have them.
 
     Spaces that end the context go to the continuation. The continuation's tokens are those of the whole text beyond as
-    many as the context has by itself; before them stand the context's own. (Where a token of the whole text reaches
-    over the border, these are not quite the text's tokens; the harness has it so.) An empty context is end-of-text,
-    unless the continuation begins with it.
+    many as the context has by itself; before them stand the context's own, and what the tokenizer puts before every
+    text. (Where a token of the whole text reaches
+    over the border, these are not quite the text's tokens; the harness has it so.) An empty context is the tokenizer's
+    beginning-of-text, or end-of-text where it has none, unless the continuation begins with it.
 
     Raises:
         UserError: nothing is left to score, or the context is empty and there is no end-of-text token.
     """
     if not context:
         ids = tokenizer.encode(continuation, allow_special=True)
-        prefix = end_of_text(tokenizer)
+        prefix = start_of_text(tokenizer)
         pair = Pair(ids[:1], ids[1:]) if ids and ids[0] == prefix else Pair([prefix], ids)
     else:
         head = context.rstrip()
         # A context of nothing but spaces leaves none; the harness keeps no token before it either.
-        whole, before = tokenizer.encode_batch([context + continuation, head], allow_special=True)
+        whole, before = (tokenizer.encode_prompt(text, allow_special=True) for text in (context + continuation, head))
         pair = Pair(before, whole[len(before) :])
         if not before:
-            pair = Pair([end_of_text(tokenizer)], whole)
+            pair = Pair([start_of_text(tokenizer)], whole)
     return _checked(pair, context, continuation)
 
 
@@ -58,8 +59,13 @@ def clean(text: str) -> str:
     return fix_text(text)
 
 
-def end_of_text(tokenizer: Tokenizer) -> int:
+def start_of_text(tokenizer: Tokenizer) -> int:
     """The id that stands before a text. Raises UserError if there is none."""
+    return end_of_text(tokenizer) if tokenizer.start is None else tokenizer.start
+
+
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """The id that stands between texts. Raises UserError if there is none."""
     if tokenizer.end_of_text is None:
         raise UserError(
             f"the tokenizer {tokenizer.name} has no end-of-text token to stand before a text that nothing precedes"

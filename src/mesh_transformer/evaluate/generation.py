@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mesh_transformer.config.errors import UserError
-from mesh_transformer.data.tokenizer import END_OF_TEXT, Tokenizer
+from mesh_transformer.data.tokenizer import Tokenizer
 from mesh_transformer.sample.options import SamplingOptions
 
 _DEFAULT_TOKENS = 256  # as the harness' `hf` model
@@ -54,7 +54,7 @@ def sampling_options(
     else:
         heat = (1.0 if heat is None else heat) if do_sample else 0.0
     if tokenizer.end_of_text is not None:  # its name in the text ends it too
-        stops.append(END_OF_TEXT)
+        stops.append(tokenizer.decode([tokenizer.end_of_text]))
     return SamplingOptions(
         max_tokens=n_tokens,
         temperature=heat,

@@ -24,7 +24,7 @@ from mesh_transformer.config.model import ModelConfig  # noqa: E402
 from mesh_transformer.data.tokenizer import Tokenizer  # noqa: E402
 from mesh_transformer.engine.packing import Pair  # noqa: E402
 from mesh_transformer.engine.scoring import Progress, Scorer  # noqa: E402
-from mesh_transformer.evaluate.encoding import clean, encode_legacy, encode_pair, end_of_text  # noqa: E402
+from mesh_transformer.evaluate.encoding import clean, encode_legacy, encode_pair, end_of_text, start_of_text  # noqa: E402
 from mesh_transformer.evaluate.generation import sampling_options  # noqa: E402
 from mesh_transformer.evaluate.perplexity import rolling_windows  # noqa: E402
 from mesh_transformer.evaluate.together import Computing  # noqa: E402
@@ -117,8 +117,8 @@ class HarnessModel(LM):
         return {"model_num_parameters": count_params(self.cfg), "n_ctx": self.cfg.n_ctx, "tokenizer": self._texts.name}
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Raises UserError: GPT-J-class models have no chat template."""
-        raise UserError("this model has no chat template; leave --apply_chat_template out")
+        """Raises UserError: tasks are asked in plain text."""
+        raise UserError("tasks are asked in plain text, without a chat template; leave --apply_chat_template out")
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each (context, continuation): log-likelihood in nats, and whether greedy decoding would write it."""
@@ -134,8 +134,9 @@ class HarnessModel(LM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Of each text: its log-likelihood in nats, in windows that score every token once."""
         texts = [clean(*request.args) if self.legacy_prompts else request.args[0] for request in requests]
-        ids = self._texts.encode_batch(texts, allow_special=True)
-        windows = [list(rolling_windows(each, self.eot_token_id, self.cfg.n_ctx)) for each in ids]
+        ids = [self._texts.encode_prompt(text, allow_special=True) for text in texts]
+        start = end_of_text(self._texts) if self.legacy_prompts else start_of_text(self._texts)
+        windows = [list(rolling_windows(each, start, self.cfg.n_ctx)) for each in ids]
         scores = iter(self._score([window for of_text in windows for window in of_text]))
         found = [float(sum(next(scores)[0] for _ in of_text)) for of_text in windows]
         self._remember("loglikelihood_rolling", requests, found)
@@ -150,7 +151,7 @@ class HarnessModel(LM):
             wanted = sampling_options(how, self._texts, self.cfg.n_ctx, seed=self.seed, sample=number)
             if self.legacy_prompts:
                 context = clean(context)
-            ids = self._texts.encode(context, allow_special=True)
+            ids = self._texts.encode_prompt(context, allow_special=True)
             prompts.append(ids[-(self.cfg.n_ctx - wanted.max_tokens) :])
             options.append(wanted)
         found, done = [""] * len(prompts), 0

@@ -11,7 +11,7 @@ from mesh_transformer.config.errors import UserError
 from mesh_transformer.data.tokenizer import Tokenizer
 from mesh_transformer.engine.packing import Pair
 from mesh_transformer.engine.scoring import Progress, Scorer
-from mesh_transformer.evaluate.encoding import end_of_text
+from mesh_transformer.evaluate.encoding import start_of_text
 from mesh_transformer.shapes import Params
 
 
@@ -71,7 +71,7 @@ def evaluate_text(
     if not words:
         raise UserError("the text holds nothing but white space; expected text to score")
     ids = tokenizer.encode(text, allow_special=True)
-    windows = list(rolling_windows(ids, end_of_text(tokenizer), scorer.cfg.n_ctx))
+    windows = list(rolling_windows(ids, start_of_text(tokenizer), scorer.cfg.n_ctx))
     found = scorer.score(params, windows, progress=progress)
     return TextReport(
         log_likelihood=sum(each for each, _ in found), tokens=len(ids), bytes=len(text.encode()), words=words

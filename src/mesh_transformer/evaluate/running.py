@@ -13,7 +13,7 @@ from typing import Any
 
 from mesh_transformer.config.errors import UserError
 from mesh_transformer.evaluate.installed import in_this_process, quietly
-from mesh_transformer.evaluate.tasks import Tasks
+from mesh_transformer.evaluate.tasks import TABLE, Tasks
 from mesh_transformer.files import make_directories, write_atomically
 
 # random, numpy, torch, examples before a question: the harness' own.
@@ -79,7 +79,8 @@ def plain_metrics(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def write_results(results: Mapping[str, Any], output: Path) -> list[Path]:
-    """The results as JSON, as the harness writes them; answers, if there are any, in OUTPUT_samples_TASK.jsonl beside.
+    """The results as JSON, as the harness writes them; beside them, if there are any, answers in
+    OUTPUT_samples_TASK.jsonl and the row of the published table in OUTPUT_table.md.
 
     Returns the files.
     """
@@ -93,6 +94,8 @@ def write_results(results: Mapping[str, Any], output: Path) -> list[Path]:
     for task, samples in results.get("samples", {}).items():
         place = output.with_name(f"{output.stem}_samples_{task.replace(os.sep, '_')}.jsonl")
         files[place] = "".join(text(sample) + "\n" for sample in samples)
+    if TABLE in results:
+        files[output.with_name(f"{output.stem}_table.md")] = results[TABLE]["markdown"]
     for place, content in files.items():
         write_atomically(place, content.encode())
     return list(files)

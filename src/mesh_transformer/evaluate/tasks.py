@@ -12,10 +12,12 @@ from typing import Any
 from mesh_transformer.config.errors import UserError
 from mesh_transformer.evaluate.installed import quietly, require_harness
 
-# Several tasks under one name, each with its number of examples before a question: the table that the original
-# published for GPT-J, and its 15-shot cloze.
+# The preset of the table that the original published for GPT-J; `zero_shot` makes its row.
+TABLE = "gpt-j-table"
+# Several tasks under one name, each with its number of examples before a question: what the original ran, and its
+# 15-shot cloze.
 PRESETS: dict[str, dict[str, int]] = {
-    "gpt-j-table": {
+    TABLE: {
         "lambada_openai": 0,
         "piqa": 0,
         "hellaswag": 0,

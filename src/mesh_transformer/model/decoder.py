@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mesh_transformer.config.model import ModelConfig
-from mesh_transformer.model import layers, rope
+from mesh_transformer.model import heads, layers, rope
 from mesh_transformer.model.cache import KVCache, attend
 from mesh_transformer.model.lora import LowRank, map_parts
 from mesh_transformer.model.narrow import OfLayer
 from mesh_transformer.model.params import ParamSpec, is_multiplied, param_table
 from mesh_transformer.model.policy import ComputePolicy
 from mesh_transformer.model.quantize import Quantized
+from mesh_transformer.model.tied import TURNED
 from mesh_transformer.shapes import Array, Float, Int, Params
 from mesh_transformer.sharding.pipeline import run_stages
 from mesh_transformer.sharding.rules import ONE_DEVICE, STREAM, Axes, Rules
@@ -281,7 +282,7 @@ def self_attention(
         bias = where.bias
         if cfg.alternates and bias is not None:
             bias = bias + layers.sliding_mask(where.positions, where.positions, layers.window_of(layer, cfg))
-        k, v = (layers.repeated(x, n_heads, split) for x in (k, v))
+        k, v = (heads.repeated(x, n_heads, split) for x in (k, v))
         mixed = layers.attention(q, k, v, bias, cfg, policy)
         mixed = mixed if bias is None else layers.kept(mixed, policy)  # a kernel's own is kept as it is
     else:
@@ -289,9 +290,9 @@ def self_attention(
         cache = cache.write(layer, where.pages, where.positions, k, v)
         # Heads that share keys are so many more queries at the same positions: keys are read once.
         at = where.positions if n_kv == n_heads else jnp.repeat(where.positions, n_heads // n_kv, axis=1)
-        q = layers.folded(q, n_kv, split)
+        q = heads.folded(q, n_kv, split)
         mixed = attend(q, cache, layer, where.pages, at, where.relative, cfg, policy, rules)
-        mixed = layers.unfolded(mixed, n_heads, split)
+        mixed = heads.unfolded(mixed, n_heads, split)
     out = rules.partial(("batch", "seq", "embed"), over="heads")
     return layers.product("bshd,hde->bse", mixed, p["o"], policy, out), cache
 
@@ -308,6 +309,8 @@ def unembed(
     head = gather(params["head"], param_table(cfg)["head"], rules)
     x = rules.share(layers.norm(x, head["ln"], cfg), ("batch", "seq", "embed"), over="vocab")
     split = rules.use(("batch", "seq", "vocab"))
+    if TURNED in params:
+        return _plus(layers.product("bse,ev->bsv", x, params[TURNED], policy, split), head.get("b"))
     if cfg.tied_head:
         table = gather(params["embed"], param_table(cfg)["embed"], rules)["tokens"]
         return _plus(layers.product(layers.TIED, x, table, policy, split), head.get("b"))

@@ -212,43 +212,6 @@ def rms_norm(
     return x * jax.lax.rsqrt(squares + cfg.norm_eps) * scale.astype(jnp.float32)
 
 
-def repeated(
-    kv: Float[Array, "batch keys kv_heads head_dim"], n_heads: int, split: PartitionSpec | None
-) -> Float[Array, "batch keys heads head_dim"]:
-    """Every head of keys or values once for each query head that shares it; split: how the result lies."""
-    batch, keys, n_kv, width = kv.shape
-    if n_kv == n_heads:
-        return kv
-    wide = jnp.broadcast_to(kv[:, :, :, None], (batch, keys, n_kv, n_heads // n_kv, width))
-    return jnp.reshape(wide, (batch, keys, n_heads, width), out_sharding=split)
-
-
-def folded(
-    q: Float[Array, "batch seq heads head_dim"], n_kv: int, split: PartitionSpec | None
-) -> Float[Array, "batch queries kv_heads head_dim"]:
-    """Query heads that share keys as further queries of one head, after one another; `unfolded` is the inverse."""
-    batch, seq, n_heads, width = q.shape
-    if n_kv == n_heads:
-        return q
-    grouped = jnp.reshape(q, (batch, seq, n_kv, n_heads // n_kv, width), out_sharding=_with_group(split, 3))
-    return jnp.reshape(jnp.swapaxes(grouped, 2, 3), (batch, -1, n_kv, width), out_sharding=split)
-
-
-def unfolded(
-    mixed: Float[Array, "batch queries kv_heads head_dim"], n_heads: int, split: PartitionSpec | None
-) -> Float[Array, "batch seq heads head_dim"]:
-    """What attention gives for `folded` queries, head by head."""
-    batch, _, n_kv, width = mixed.shape
-    if n_kv == n_heads:
-        return mixed
-    grouped = jnp.reshape(mixed, (batch, -1, n_heads // n_kv, n_kv, width), out_sharding=_with_group(split, 2))
-    return jnp.reshape(jnp.swapaxes(grouped, 2, 3), (batch, -1, n_heads, width), out_sharding=split)
-
-
-def _with_group(split: PartitionSpec | None, at: int) -> PartitionSpec | None:
-    return None if split is None else PartitionSpec(*split[:at], None, *split[at:])
-
-
 def t5_buckets(n_distances: int) -> np.ndarray:
     """Bucket of every distance 0 .. n_distances - 1 (query minus key): int32 [n_distances].
 

@@ -67,7 +67,8 @@ def score_logits(
     shifted = logits - top[..., None]
     log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
     # A masked sum, not a gather: it needs no communication where the vocabulary is split, and no scatter backward.
-    is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
+    # Numbers of one row only: as large as the logits, XLA on CPU would hold them throughout a loop over microbatches.
+    is_target = jnp.arange(logits.shape[2], dtype=targets.dtype) == targets[..., None]
     at_target = jnp.sum(jnp.where(is_target, shifted, 0.0), axis=-1)
     return TokenScores(
         loss=log_sum - at_target,
@@ -116,6 +117,11 @@ def score_tokens(
 
     _, scores = jax.lax.scan(one_chunk, None, (chunks(x), chunks(targets)), unroll=n_chunks if policy.unroll else 1)
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(batch, n_chunks * width)[:, :seq], scores)
+
+
+def _with_matrix(params: Params, cfg: ModelConfig) -> Params:
+    """The head, with the token table as its matrix where that is tied."""
+    return params["head"] | {"w": params["embed"]["tokens"].T} if cfg.tied_head else params["head"]
 
 
 def _has_own_gradient(head: Params, cfg: ModelConfig, policy: ComputePolicy, rules: Rules) -> bool:
@@ -176,10 +182,11 @@ def loss_report(
     counts = rules.after_stages.place(rows[:, 1:] >= 0, ("batch", "seq"))
     n = jnp.maximum(jnp.sum(counts), 1) if n_learned is None else n_learned
     total = None
-    if _has_own_gradient(params["head"], cfg, policy, rules):
+    head = _with_matrix(params, cfg)
+    if _has_own_gradient(head, cfg, policy, rules):
         how = How(policy.dtype, z_loss, z_loss_kind == "log_partition", policy.loss_chunk)
         x, _ = hidden(params, ids[:, :-1], cfg, policy, rules, separator=separator)
-        total, scores = _score_with_gradient(params["head"], x, ids[:, 1:], jnp.where(counts, 1 / n, 0.0), cfg, how)
+        total, scores = _score_with_gradient(head, x, ids[:, 1:], jnp.where(counts, 1 / n, 0.0), cfg, how)
     else:
         scores = score_tokens(params, ids[:, :-1], ids[:, 1:], cfg, policy, rules, separator=separator)
     mean = lambda values: jnp.sum(jnp.where(counts, values, 0.0)) / n  # noqa: E731

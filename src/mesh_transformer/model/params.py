@@ -166,8 +166,10 @@ def is_multiplied(spec: ParamSpec) -> bool:
 
 
 def count_matmul_params(cfg: ModelConfig) -> int:
-    """Parameters that a token is multiplied with."""
-    return sum(size(s, cfg) for s in named_specs(cfg).values() if is_multiplied(s))
+    """Parameters that a token is multiplied with: matrices, and a token table that is also the head."""
+    specs = named_specs(cfg)
+    tied = size(specs["embed/tokens"], cfg) if cfg.tied_head else 0
+    return tied + sum(size(s, cfg) for s in specs.values() if is_multiplied(s))
 
 
 def init_params(cfg: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:

@@ -9,7 +9,7 @@ from mesh_transformer.config.dtypes import ITEMSIZE
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.config.run import RunConfig
 from mesh_transformer.model.params import is_multiplied, named_specs, size
-from mesh_transformer.plan.work import Work
+from mesh_transformer.plan.work import Work, sums_of_layer
 
 
 def sent_bytes(run: RunConfig, work: Work) -> dict[str, float]:
@@ -40,7 +40,14 @@ def sent_bytes(run: RunConfig, work: Work) -> dict[str, float]:
     stream = 4 * work.rows * micro * run.data.sequence_length * cfg.d_model
     passes = cfg.n_layers / stages * often / micro
     divided = run.mesh.shard_sequence and tensor > 1
-    a_layer = 3 * ITEMSIZE[work.dtype] / 4 + (4 if stages > 1 else 2) if divided else 4
+    of_norms, of_branches = sums_of_layer(cfg)
+    if divided:  # gathers of what norms give, twice, and of gradients; reduce-scatters, whole sums in stages
+        gathers = (2 * of_norms + of_branches) * ITEMSIZE[work.dtype] / 4
+        a_layer = gathers + (of_norms + of_branches) * (2 if stages > 1 else 1)
+    else:
+        a_layer = 2 * (of_norms + of_branches)
+    if run.train.remat != "none":  # what the second branch read is computed again, the first one's sum with it
+        a_layer += (1 if divided and stages == 1 else 2) * (of_branches - 1)
     beside = (3 if divided else 2) * (1 + 1 / stages)
     sent["tensor"] = parts * (a_layer * passes + beside) * _share(tensor) * stream
     if stages > 1:  # to the next stage and back; what enters the stages, and what leaves them

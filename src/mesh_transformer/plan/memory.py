@@ -13,6 +13,7 @@ import dataclasses
 from typing import NamedTuple
 
 from mesh_transformer.config.dtypes import ITEMSIZE
+from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.config.run import RunConfig
 from mesh_transformer.plan.work import Work
 
@@ -25,25 +26,50 @@ class _Copies(NamedTuple):
     stream: float = 0.0
     wide: float = 0.0
     weights: float = 0.0  # of a layer
+    kv: float = 0.0
 
 
-# What the backward pass of each layer finds kept by the forward pass. "none": weights and exponents of attention; q, k,
-# v and the mixed values; the stream, centred, normed and placed; y, gelu's cube, tanh and products. "dots" keeps its
-# products in the compute dtype; "full" the stream alone.
-_KEPT = {"none": _Copies(2, 4, 4, 6), "dots": _Copies(0, 4, 1, 1), "full": _Copies(0, 0, 1, 0)}
+def _kept_copies(cfg: ModelConfig, remat: str) -> _Copies:
+    """What the backward pass of each layer finds kept by the forward pass.
+
+    "none": weights and exponents of attention; q, k, v (repeated for all heads) and the mixed values; before norms of
+    queries and keys three arrays of each; of every norm its input, what it centred or squared, the normed and the
+    placed, of which a second norm of the same input has but the last its own; what the activation needs. "dots" keeps
+    its products in the compute dtype; "full" the stream alone.
+    """
+    gated = cfg.feed_forward.startswith("glu_")
+    if remat == "none":
+        of_norms = 3.0 if cfg.qk_norm else 0.0
+        stream = {"parallel": 4, "parallel-two-norms": 5, "serial": 8}[cfg.residual]
+        return _Copies(2, 4 + of_norms, stream, _ACTIVATIONS[cfg.feed_forward], kv=of_norms)
+    return _Copies(0, 2, 1, 2 if gated else 1, kv=2) if remat == "dots" else _Copies(stream=1)
+
+
+# Arrays that an activation keeps, the products before it among them: in its tanh form gelu's cube, tanh and products.
+_ACTIVATIONS = {"gelu_tanh": 6, "gelu": 4, "glu_silu": 6, "glu_gelu_tanh": 8}
 # Beside it, at the fullest moments of a layer's backward pass: attention, turning of heads, norms, the feed-forward.
 _MOMENTS = {
     "none": (_Copies(2, 6, 6), _Copies(0, 7, 4), _Copies(0, 1, 8), _Copies(0, 5, 6, 3, 0.5)),
     "dots": (_Copies(3.5, 5, 6), _Copies(0, 8, 4), _Copies(0, 1, 8), _Copies(0, 5, 7.5, 3, 0.5)),
     "full": (_Copies(3.25, 5, 6), _Copies(0, 9, 4), _Copies(0, 1, 8), _Copies(0, 4, 5, 5, 0.5)),
 }
-# Copies of a chunk's logits. In a loop (over chunks; over microbatches where batch and vocabulary are divided) XLA has
-# the numbers of the vocabulary, with which targets are compared, before the loop: int32, for the whole vocabulary.
-_LOGITS, _LOGITS_IN_LOOP, _NUMBERS = 3.0, 3.5, 1.0
+
+
+def _all_of_layer(cfg: ModelConfig) -> _Copies:
+    """A whole layer computed again: where the feed-forward reads what attention gave, its backward pass comes first,
+    and what attention keeps for its own waits.
+    """
+    kept, beside = _kept_copies(cfg, "none"), _MOMENTS["none"][3]
+    return kept._replace(stream=kept.stream + 2, wide=kept.wide + beside.wide, weights=beside.weights)
+
+
+# Copies of a chunk's logits, outside of loops (over chunks; over microbatches where batch and vocabulary are divided)
+# and within.
+_LOGITS, _LOGITS_IN_LOOP = 3.0, 3.5
 # Copies of what the head reads.
 _STREAM_OF_HEAD = {"none": 8.0, "dots": 1.5, "full": 8.0}
-# Gradients of embedding and head in the loss, and what accumulation adds where they wait for a sum over devices.
-_ENDS, _ENDS_SUMMED = 0.75, 0.5
+# Gradient of the head in the loss, and what accumulation adds of both ends where they wait for a sum over devices.
+_HEAD, _ENDS_SUMMED = 1.5, 0.5
 # Of parameters that rest in shards and are gathered in each layer: a layer's, and embedding's and head's, brought
 # together with their whole gradients, beside what the moments above hold.
 _GATHERED_LAYER = {"none": 0.15, "dots": 0.4, "full": 0.9}
@@ -111,12 +137,12 @@ def _gradients(run: RunConfig, work: Work) -> tuple[float, float]:
 
 def _kept(run: RunConfig, work: Work) -> float:
     """Bytes that the forward passes of all layers leave for the backward pass; of a pipeline, of all ticks."""
-    copies = _KEPT[run.train.remat]
+    copies = _kept_copies(run.model, run.train.remat)
     of_products = ITEMSIZE[work.dtype] if run.train.remat == "dots" else _F32
     if not work.scores and run.train.remat == "none":  # a kernel keeps its inputs and its result, in the dtype
         of_products = _F32
     layer = _F32 * (copies.scores * work.scores + copies.stream * work.stream)
-    layer += of_products * (copies.heads * work.heads + copies.wide * work.wide)
+    layer += of_products * (copies.heads * work.heads + copies.kv * work.kv + copies.wide * work.wide)
     return layer * work.layers * work.ticks
 
 
@@ -141,10 +167,13 @@ def _of_layers(run: RunConfig, work: Work) -> list[StepBytes]:
         beside += _GATHERED_ENDS * _F32 * work.ends
     found = []
     names = ("attention", "projections", "norms", "feed-forward")
-    for name, copies in zip(names, _MOMENTS[run.train.remat], strict=True):
+    moments = [*zip(names, _MOMENTS[run.train.remat], strict=True)]
+    if run.train.remat == "full" and run.model.residual == "serial":
+        moments.append(("feed-forward after attention", _all_of_layer(run.model)))
+    for name, copies in moments:
         weights = copies.weights + (_GATHERED_LAYER[run.train.remat] if per_layer and copies.weights else 0.0)
         inside = copies.scores * work.scores + copies.heads * work.heads + copies.stream * work.whole_stream
-        inside += copies.wide * work.wide + weights * work.layer_values
+        inside += copies.kv * work.kv + copies.wide * work.wide + weights * work.layer_values
         found.append(
             StepBytes(
                 parameters=0,
@@ -165,15 +194,15 @@ def _of_loss(run: RunConfig, work: Work) -> StepBytes:
     per_layer, _ = _apart(run, work)
     sizes = work.sizes
     waiting = summed > 0 and sizes.batch_ways > 1
-    ends = _ENDS + (_ENDS_SUMMED if waiting else 0.0) + (0.5 if per_layer else 0.0)
+    ends = (_ENDS_SUMMED if waiting else 0.0) + (0.5 if per_layer else 0.0)
     read = work.head_rows * run.data.sequence_length * run.model.d_model
     both_divided = sizes.tensor > 1 and sizes.batch_ways * sizes.pipeline > 1
     in_loop = work.chunked or (summed > 0 and both_divided)
-    copies = _LOGITS_IN_LOOP + _NUMBERS * sizes.tensor if in_loop else _LOGITS
+    copies = _LOGITS_IN_LOOP if in_loop else _LOGITS
     return StepBytes(
         parameters=0,
         optimizer=0,
-        gradients=summed + ends * _F32 * work.ends,
+        gradients=summed + _F32 * (_HEAD * work.head + ends * work.ends),
         activations=_kept(run, work),
         logits=copies * _F32 * work.logits,
         workspace=_beside_layers(run, work) + _STREAM_OF_HEAD[run.train.remat] * _F32 * read,

@@ -9,9 +9,11 @@ from mesh_transformer.config.dtypes import ITEMSIZE
 from mesh_transformer.config.errors import ConfigError
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.engine.pages import page_size
-from mesh_transformer.model.params import is_multiplied, named_specs, shape, size
+from mesh_transformer.model.params import count_matmul_params, is_multiplied, named_specs, shape, size
+from mesh_transformer.model.tied import turned_bytes
 from mesh_transformer.plan.links import ring_speed
 from mesh_transformer.plan.speed import MEMORY_REACH, PRODUCTS_REACH
+from mesh_transformer.plan.work import sums_of_layer
 from mesh_transformer.sharding.mesh import Sizes, check_model
 
 # Bits a weight of a multiplied matrix, and scales: int8 one float32 a column, int4 one float16 for 32 weights.
@@ -73,9 +75,10 @@ def serve_plan(
     held = (-(-context // page) + 1) * page  # a page more than the context, which is forgotten as a whole
     of_token = 2 * cfg.n_layers * axes["kv_heads"] * axes["head_dim"] * ITEMSIZE[dtype]
     rows = -(-batch // data)
-    weights = weight_bytes(cfg, weights_as) / tensor
+    weights = (weight_bytes(cfg, weights_as) + (turned(cfg, weights_as) if sizes.n_devices == 1 else 0)) / tensor
     logits = 4 * rows * axes["vocab"] / tensor * 3
-    chunk = 4 * page * (6 * cfg.d_model + 3 * axes["mlp"] / tensor)
+    gated = cfg.feed_forward.startswith("glu_")
+    chunk = 4 * page * (6 * cfg.d_model + (4 if gated else 3) * axes["mlp"] / tensor)
     workspace = logits + chunk + 4 * page * context * axes["heads"] / tensor
     cache = rows * held * of_token / tensor
     left = device.usable - weights - workspace
@@ -110,12 +113,17 @@ def weight_bytes(cfg: ModelConfig, weights_as: str) -> int:
     return total
 
 
+def turned(cfg: ModelConfig, weights_as: str) -> int:
+    """Bytes of the quantised head that one device holds beside a token table that is also the head (model/tied.py)."""
+    return turned_bytes(cfg, weights_as if weights_as in QUANTIZED else None)
+
+
 def _step_seconds(cfg: ModelConfig, device: Device, sizes: Sizes, rows: int, read: float, dtype: str) -> float:
     """A token for each of `rows` texts: what is read or what is multiplied, whichever lasts longer, and the sums."""
-    flops = 2 * rows * sum(size(s, cfg) for s in named_specs(cfg).values() if is_multiplied(s)) / sizes.tensor
+    flops = 2 * rows * count_matmul_params(cfg) / sizes.tensor
     times = (read / (MEMORY_REACH * device.bandwidth), flops / (PRODUCTS_REACH * device.peak(dtype)))
     n = sizes.tensor
-    sent = 2 * (n - 1) / n * 4 * rows * cfg.d_model * (cfg.n_layers + 1)
+    sent = 2 * (n - 1) / n * 4 * rows * cfg.d_model * (cfg.n_layers * sums_of_layer(cfg)[1] + 1)
     return max(times) + sent / ring_speed(device, n, 1)
 
 

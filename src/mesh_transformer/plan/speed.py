@@ -10,7 +10,7 @@ from mesh_transformer.config.run import RunConfig
 from mesh_transformer.plan.links import link_seconds, sent_bytes
 from mesh_transformer.plan.work import Work, matmul_values
 from mesh_transformer.sharding.mesh import bubble_fraction
-from mesh_transformer.train.metrics import flops_per_token
+from mesh_transformer.train.metrics import flops_per_token, scored_positions
 
 # Of the peak, what products are taken to reach; of the memory's bandwidth, what reading and writing is. Assumptions,
 # the same for every device and stated wherever a time is.
@@ -64,8 +64,11 @@ def step_time(run: RunConfig, work: Work, device: Device, *, reach: float = PROD
     tokens, n = run.train.batch_size * length, work.sizes.n_devices
     model_flops = flops_per_token(cfg, length) * tokens
     again = _AGAIN[run.train.remat]
-    attention = 4 * cfg.n_layers * length * cfg.n_heads * cfg.d_head * tokens  # forward alone
+    a_position = 4 * cfg.axis_sizes["heads"] * cfg.axis_sizes["head_dim"] * tokens
+    attention = a_position * scored_positions(cfg, length)  # forward alone
+    whole = a_position * cfg.n_layers * length  # the plain form computes what a window hides too
     computed: float = model_flops + again * (2 * matmul_values(cfg) * tokens + attention)
+    computed += (3 + again) * (whole - attention) if work.scores else 0
     if work.chunked:  # the backward pass computes a chunk's logits again
         computed += 2 * cfg.d_model * cfg.axis_sizes["vocab"] * tokens
     if not work.scores:  # a kernel leaves out what the mask hides, and computes the scores again backwards
@@ -76,7 +79,9 @@ def step_time(run: RunConfig, work: Work, device: Device, *, reach: float = PROD
     weights_read = 3 * ITEMSIZE[work.dtype] * work.used * passes
     products = max(products, weights_read / speed)
     stream, heads, wide, scores = _TOUCHED[run.train.remat]
-    touched = stream * work.stream + heads * work.heads + wide * work.wide + scores * work.scores
+    gates = 2 if cfg.feed_forward.startswith("glu_") else 1
+    touched = stream * work.stream + heads * (work.heads + work.kv) / 2
+    touched += gates * wide * work.wide + scores * work.scores
     bubble = bubble_fraction(work.sizes.pipeline, work.microbatches, run.train.pipeline_interleave)
     memory = 4 * touched * work.layers * passes / speed
     update = _update_bytes(run, work) / speed

@@ -13,7 +13,7 @@ from mesh_transformer.config.errors import UserError
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.config.run import RunConfig
 from mesh_transformer.kernels.accelerators import LANES, WIDEST_HEAD, WIDEST_HEAD_SINCE_HOPPER
-from mesh_transformer.model.params import is_multiplied, named_specs, size
+from mesh_transformer.model.params import is_multiplied, named_specs, param_table, size
 from mesh_transformer.model.policy import LOSS_CHUNK, LOSS_CHUNK_ON_CPU
 from mesh_transformer.sharding.memory import ways_of
 from mesh_transformer.sharding.mesh import Sizes, check_run, mesh_sizes, n_microbatches
@@ -30,9 +30,10 @@ class Work:
     rows: sequences at one time (of a pipeline: of one microbatch). head_rows: in the head, which a pipeline divides
     among its stages. ticks: of a pipeline, in which a stage computes one microbatch. layers: held. layer_values: one
     layer's parameters while in use. rested, used, fed: parameters at rest, brought together, and as the moments lie;
-    ends: of embedding and head, in use. stream, whole_stream: as it lies between layers, and in them. heads: of one of
-    q, k, v and the mixed values. wide: of the feed-forward. scores, mask: of attention, 0 where a kernel never holds
-    them. logits: of a chunk. chunked: whether there are several.
+    ends: of embedding and head, in use; head: of what the head multiplies with, which may be the token table. stream,
+    whole_stream: as it lies between layers, and in them. heads: of one of q and the mixed values; kv: of one of k and
+    v. wide: of the feed-forward, once. scores, mask: of attention, 0 where a kernel never holds them. logits: of a
+    chunk. chunked: whether there are several.
     """
 
     sizes: Sizes
@@ -47,9 +48,11 @@ class Work:
     used: float
     fed: float
     ends: float
+    head: float
     stream: float
     whole_stream: float
     heads: float
+    kv: float
     wide: float
     scores: float
     logits: float
@@ -66,7 +69,8 @@ def attention_kernel(run: RunConfig, device: Device) -> str:
     """Which attention a run gets there: "plain", "cudnn" or "splash", by the conditions of kernels/accelerators.py."""
     width = run.model.axis_sizes["head_dim"]
     narrow = default_dtype(run, device) in ("bfloat16", "float16")
-    held_apart = run.data.separate_documents or run.mesh.pipeline > 1 or run.model.position == "t5"
+    held_apart = run.data.separate_documents or run.mesh.pipeline > 1
+    held_apart = held_apart or run.model.position == "t5" or run.model.alternates
     if not narrow or held_apart or device.maker == "other":
         return "plain"
     if device.maker == "google":
@@ -104,9 +108,9 @@ def work_of(run: RunConfig, n_devices: int, *, dtype: str, kernel: str, chunk: i
     axes = cfg.axis_sizes
     head_rows = at_one_time / stages
     width = max(1, min(length, int(chunk // head_rows))) if head_rows >= 1 else length
-    gates = 2 if cfg.feed_forward.startswith("glu_") else 1
     zero = run.mesh.zero
     in_use = functools.partial(held_values, cfg, sizes, zero)
+    ends = in_use("use", "ends")
     return Work(
         sizes=sizes,
         dtype=dtype,
@@ -119,16 +123,29 @@ def work_of(run: RunConfig, n_devices: int, *, dtype: str, kernel: str, chunk: i
         rested=in_use("rest", "all"),
         used=in_use("use", "all"),
         fed=in_use("moment", "all"),
-        ends=in_use("use", "ends"),
+        ends=ends,
+        head=ends if cfg.tied_head else ends / 2,
         stream=tokens * cfg.d_model / (tensor if run.mesh.shard_sequence else 1),
         whole_stream=tokens * cfg.d_model,
         heads=tokens * axes["heads"] * axes["head_dim"] / tensor,
-        wide=gates * tokens * axes["mlp"] / tensor,
+        kv=tokens * axes["kv_heads"] * axes["head_dim"] / tensor,
+        wide=tokens * axes["mlp"] / tensor,
         scores=rows * axes["heads"] * length**2 / tensor if kernel == "plain" else 0.0,
         logits=head_rows * width * axes["vocab"] / tensor,
         chunked=width < length,
         mask=length**2 if kernel == "plain" else 0.0,
     )
+
+
+@functools.lru_cache(maxsize=64)
+def sums_of_layer(cfg: ModelConfig) -> tuple[int, int]:
+    """Sums over `tensor` for each layer: of the gradients of what norms give, and of what branches give.
+
+    A norm's gradient is summed after all products that read it, branches that are added to the stream at once
+    together.
+    """
+    n_norms = sum(name.startswith("ln_") for name in param_table(cfg)["layers"])
+    return n_norms, 2 if cfg.residual == "serial" else 1
 
 
 @functools.lru_cache(maxsize=64)

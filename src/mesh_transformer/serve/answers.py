@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """What one output adds to a choice. entries: tokens and where each begins in the choice's text."""
+    """What one output adds to a choice. entries: tokens and where each begins in the choice's text; the last `n_ended`
+    of them ended it and have no text.
+    """
 
     text: str
     entries: tuple[tuple[TokenLogprob, int], ...] = ()
     finish_reason: str | None = None
+    n_ended: int = 0
 
     @property
     def empty(self) -> bool:
@@ -39,12 +42,15 @@ class ChoiceText:
     Args:
         echo: the prompt's text, where the answer begins with it.
         echoed: whether log-probabilities of the prompt's tokens are told as well.
+        n_before: of the prompt's tokens, those that the tokenizer put before its text.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, *, echo: str | None = None, echoed: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer | None, *, echo: str | None = None, echoed: bool = False, n_before: int = 0
+    ) -> None:
         self._tokenizer = tokenizer
         self._decoder = IncrementalDecoder(tokenizer) if tokenizer else None
-        self._echo, self._echoed = echo, echoed
+        self._echo, self._echoed, self._n_before = echo, echoed, n_before
         self._begun = False
         self._length = 0  # of the text told
         self._decoded = len(echo or "")  # of the text that the tokens received so far stand for
@@ -73,7 +79,7 @@ class ChoiceText:
         if output.finish_reason is not None and self._decoder is not None:
             self._decoded += len(self._decoder.flush())
         told += self._due(everything=output.finish_reason is not None and self._decoded <= self._length)
-        return Piece(text, (*told, *ended), output.finish_reason)
+        return Piece(text, (*told, *ended), output.finish_reason, len(ended))
 
     def _due(self, *, everything: bool) -> Iterable[tuple[TokenLogprob, int]]:
         while self._waiting:
@@ -84,11 +90,11 @@ class ChoiceText:
             yield self._waiting.popleft()
 
     def _of_prompt(self, entries: Iterable[TokenLogprob]) -> Iterable[tuple[TokenLogprob, int]]:
-        decoder = IncrementalDecoder(self._tokenizer) if self._tokenizer else None
+        decoder = IncrementalDecoder(self._tokenizer, begins=True) if self._tokenizer else None
         begins, end = 0, len(self._echo or "")
-        for entry in entries:
+        for at, entry in enumerate(entries):
             yield entry, min(begins, end)
-            if decoder is not None:
+            if decoder is not None and at >= self._n_before:
                 begins += len(decoder.push([entry.token]))
 
 
@@ -101,6 +107,20 @@ def logprobs_object(entries: Iterable[tuple[TokenLogprob, int]], texts: TokenTex
         "top_logprobs": [texts.alternatives(entry) for entry, _ in several],
         "text_offset": [begins for _, begins in several],
     }
+
+
+def chat_logprobs_object(entries: Iterable[tuple[TokenLogprob, int]], texts: TokenTexts, n: int) -> dict[str, Any]:
+    """OpenAI's object of log-probabilities in a chat, with the `n` likeliest tokens beside each."""
+
+    def one(token: int, logprob: float | None) -> dict[str, Any]:
+        told = None if logprob is None else bounded(logprob)
+        return {"token": texts.text(token), "logprob": told, "bytes": texts.bytes_of(token)}
+
+    content = [
+        {**one(entry.token, entry.logprob), "top_logprobs": [one(*pair) for pair in entry.top[:n]]}
+        for entry, _ in entries
+    ]
+    return {"content": content, "refusal": None}
 
 
 def usage_object(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 
 import mesh_transformer
 from mesh_transformer.config.errors import UserError
-from mesh_transformer.serve import completions, legacy, schema
+from mesh_transformer.serve import chat, chat_schema, completions, legacy, schema
 from mesh_transformer.serve.asking import model_not_found
 from mesh_transformer.serve.errors import ApiError, ClientGone, bad_request
 from mesh_transformer.serve.guards import ApiKey, Cors, Observe, WriteTimeout
@@ -52,6 +52,14 @@ def _add_openai(api: FastAPI, served: Served) -> None:
         """Completions of one or several prompts, whole or as a stream."""
         _check_json(request)
         return await completions.complete(request, served)
+
+    chats = documented(chat_schema.ChatRequest, chat_schema.ChatCompletion, stream=True)
+
+    @api.post("/v1/chat/completions", **chats)
+    async def create_chat_completion(request: Request) -> Response:
+        """Answers to messages, whole or as a stream, where the model came with a chat template."""
+        _check_json(request)
+        return await chat.chat(request, served)
 
     card = {
         "id": served.options.name,

@@ -9,13 +9,17 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from mesh_transformer.serve import schema
+from mesh_transformer.serve import chat_schema, schema
 
 _REF = "#/components/schemas/{model}"
-_REQUESTS = (schema.CompletionRequest, schema.CompleteRequest, schema.PredictRequest, schema.GetPredictionRequest)
+_REQUESTS = (
+    *(schema.CompletionRequest, chat_schema.ChatRequest, schema.CompleteRequest, schema.PredictRequest),
+    schema.GetPredictionRequest,
+)
 _EVENT = {
     "type": "object",
-    "description": "One server-sent event; data is a Completion as JSON, an ErrorAnswer, or [DONE].",
+    "description": "One server-sent event; data is a Completion as JSON (of a chat: an object of the kind "
+    "chat.completion.chunk), an ErrorAnswer, or [DONE].",
     "properties": {"data": {"type": "string"}},
     "required": ["data"],
 }

@@ -77,7 +77,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except RecursionError:
-        raise bad_request("the body is nested too deeply; no field of this server needs more than two levels") from None
+        raise bad_request("the body is nested too deeply; no field of this server needs so many levels") from None
     except ValueError as error:  # JSONDecodeError, and numbers of thousands of digits
         raise bad_request(f"the body is not JSON ({error}); expected an object such as {{}}") from None
     if not isinstance(value, dict):

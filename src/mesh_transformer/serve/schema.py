@@ -17,7 +17,7 @@ MOST_STOPS = 16
 LONGEST_STOP = 1000
 # Of the original's protocols, which set no bound; here nearly every token is as likely as any other.
 HOTTEST = 100
-_MOST_TOKENS = 2**31 - 1
+MOST_TOKENS = 2**31 - 1
 
 
 class Strict(BaseModel):
@@ -121,28 +121,58 @@ class StreamOptions(Strict):
     )
 
 
-class CompletionRequest(Strict):
-    """The body of POST /v1/completions: OpenAI's fields, and top_k, min_p, min_tokens and ignore_eos."""
+class SamplingFields(Strict):
+    """What every request for texts may say: OpenAI's fields, and top_k, min_p, min_tokens and ignore_eos."""
 
     model: str | None = Field(None, description="the name of the served model, a string")
+    temperature: Number | None = Field(
+        None, ge=0, le=2, description="a number from 0 to 2; 0 always takes the likeliest token (default 1)"
+    )
+    top_p: Number | None = Field(None, ge=0, le=1, description="a number from 0 to 1 (default 1)")
+    n: int | None = Field(
+        None, ge=1, le=MOST_TOKENS, description="a whole number of at least 1, completions of each prompt (default 1)"
+    )
+    stream: bool | None = Field(None, description="true or false (default false)")
+    stream_options: StreamOptions | None = Field(
+        None, description='an object such as {"include_usage": true}, together with stream'
+    )
+    stop: Stop = Field(
+        None,
+        validate_default=True,
+        description=f"a string or a list of up to {MOST_STOPS} strings, none empty or longer than {LONGEST_STOP:,} "
+        "characters",
+    )
+    presence_penalty: Number | None = Field(None, ge=-2, le=2, description="a number from -2 to 2 (default 0)")
+    frequency_penalty: Number | None = Field(None, ge=-2, le=2, description="a number from -2 to 2 (default 0)")
+    logit_bias: LogitBias = Field(
+        None,
+        validate_default=True,
+        description='an object of up to 300 token ids and numbers from -100 to 100, such as {"50256": -100}',
+    )
+    seed: Seed = Field(None, description="a whole number of 64 bits; the same seed and request give the same answer")
+    user: str | None = Field(None, description="a string; it has no effect")
+    top_k: int | None = Field(
+        None, ge=0, le=MOST_TOKENS, description="a whole number of at least 0, 0 for no limit (default 0)"
+    )
+    min_p: Number | None = Field(None, ge=0, le=1, description="a number from 0 to 1 (default 0)")
+    min_tokens: int | None = Field(
+        None, ge=0, le=MOST_TOKENS, description="a whole number of at least 0, tokens before end-of-text may come"
+    )
+    ignore_eos: bool | None = Field(
+        None, description="true or false: whether to go on past end-of-text (default false)"
+    )
+
+
+class CompletionRequest(SamplingFields):
+    """The body of POST /v1/completions."""
+
     prompt: Prompt = Field(
         None,
         description="a string, a list of strings, a list of token ids, or a list of lists of token ids; "
         "without it, or empty, the text begins at end-of-text",
     )
     max_tokens: int | None = Field(
-        None, ge=0, le=_MOST_TOKENS, description="a whole number of at least 0, the most tokens to write (default 16)"
-    )
-    temperature: Number | None = Field(
-        None, ge=0, le=2, description="a number from 0 to 2; 0 always takes the likeliest token (default 1)"
-    )
-    top_p: Number | None = Field(None, ge=0, le=1, description="a number from 0 to 1 (default 1)")
-    n: int | None = Field(
-        None, ge=1, le=_MOST_TOKENS, description="a whole number of at least 1, completions of each prompt (default 1)"
-    )
-    stream: bool | None = Field(None, description="true or false (default false)")
-    stream_options: StreamOptions | None = Field(
-        None, description='an object such as {"include_usage": true}, together with stream'
+        None, ge=0, le=MOST_TOKENS, description="a whole number of at least 0, the most tokens to write (default 16)"
     )
     logprobs: int | None = Field(
         None,
@@ -153,36 +183,11 @@ class CompletionRequest(Strict):
     echo: bool | None = Field(
         None, description="true or false: whether the answer begins with the prompt (default false)"
     )
-    stop: Stop = Field(
-        None,
-        validate_default=True,
-        description=f"a string or a list of up to {MOST_STOPS} strings, none empty or longer than {LONGEST_STOP:,} "
-        "characters",
-    )
-    presence_penalty: Number | None = Field(None, ge=-2, le=2, description="a number from -2 to 2 (default 0)")
-    frequency_penalty: Number | None = Field(None, ge=-2, le=2, description="a number from -2 to 2 (default 0)")
     best_of: int | None = Field(
         None,
         description="null or the value of n: choosing among more completions than are returned is not offered",
     )
-    logit_bias: LogitBias = Field(
-        None,
-        validate_default=True,
-        description='an object of up to 300 token ids and numbers from -100 to 100, such as {"50256": -100}',
-    )
-    seed: Seed = Field(None, description="a whole number of 64 bits; the same seed and request give the same answer")
-    user: str | None = Field(None, description="a string; it has no effect")
     suffix: None = Field(None, description="null: text after the completion is not taken into account")
-    top_k: int | None = Field(
-        None, ge=0, le=_MOST_TOKENS, description="a whole number of at least 0, 0 for no limit (default 0)"
-    )
-    min_p: Number | None = Field(None, ge=0, le=1, description="a number from 0 to 1 (default 0)")
-    min_tokens: int | None = Field(
-        None, ge=0, le=_MOST_TOKENS, description="a whole number of at least 0, tokens before end-of-text may come"
-    )
-    ignore_eos: bool | None = Field(
-        None, description="true or false: whether to go on past end-of-text (default false)"
-    )
 
 
 class CompleteRequest(Strict):
@@ -207,10 +212,10 @@ class PredictRequest(Strict):
     )
     top_p: Number | None = Field(None, ge=0, le=1, description="a number from 0 to 1 (default 0.9)")
     top_k: int | None = Field(
-        None, ge=0, le=_MOST_TOKENS, description="a whole number of at least 0, 0 for no limit (default 50)"
+        None, ge=0, le=MOST_TOKENS, description="a whole number of at least 0, 0 for no limit (default 50)"
     )
     length: int | None = Field(
-        None, ge=0, le=_MOST_TOKENS, description="a whole number of at least 0, the tokens to write (default 256)"
+        None, ge=0, le=MOST_TOKENS, description="a whole number of at least 0, the tokens to write (default 256)"
     )
 
 

@@ -38,7 +38,10 @@ class ModelFacts:
     @property
     def fingerprint(self) -> str:
         """Changes when the same seed might give another answer."""
-        tokenizer = self.tokenizer.sha256 if self.tokenizer else ""
+        tokenizer: tuple[object, ...] = ()
+        if self.tokenizer:
+            templates = sorted(self.tokenizer.companions.templates.items())
+            tokenizer = (self.tokenizer.sha256, self.tokenizer.begin, self.tokenizer.ends, templates)
         facts = (mesh_transformer.__version__, self.config, tokenizer, self.when_full, self.variant)
         return f"mt_{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
 

@@ -40,6 +40,11 @@ class TokenTexts:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
+    def bytes_of(self, token: int) -> list[int] | None:
+        """The bytes of one token; None where it has no text."""
+        data = self._tokenizer.token_bytes(token) if self._tokenizer else b""
+        return list(data) or None
+
     def alternatives(self, entry: TokenLogprob) -> dict[str, float] | None:
         """The likeliest tokens and the token itself, the likeliest first; None where nothing stands before it."""
         if entry.logprob is None:

@@ -20,7 +20,7 @@ from mesh_transformer.data.choice import tokenizer_is_said
 from mesh_transformer.data.legacy_state import position_of_loader_state
 from mesh_transformer.data.source import RecordSource
 from mesh_transformer.data.tokenizer import FILE_NAME as TOKENIZER_FILE
-from mesh_transformer.data.tokenizer import Tokenizer, from_bytes
+from mesh_transformer.data.tokenizer import Tokenizer, load_tokenizer
 from mesh_transformer.sharding.layout import Layout
 from mesh_transformer.train import lora
 from mesh_transformer.train.advice import tuning_advice
@@ -56,13 +56,34 @@ def tokenizer_at_hand(run: RunConfig, checkpoints: Path | None, source: Weights 
     Raises:
         DataError: it cannot be read, or the sets of a mixture were made with different ones.
     """
-    if tokenizer_is_said(run.data.tokenizer, run.data.train):
-        return None
+    return None if tokenizer_is_said(run.data.tokenizer, run.data.train) else _kept_tokenizer(checkpoints, source)
+
+
+def with_companions(data: Data, checkpoints: Path | None, source: Weights | None) -> Data:
+    """The data, whose tokenizer has what the model's own says beside its vocabulary: chat templates, ends of texts.
+
+    Only where the two are one tokenizer, and the data's own says nothing.
+
+    Args:
+        checkpoints, source: as `tokenizer_at_hand`.
+
+    Raises:
+        DataError: the model's tokenizer cannot be read.
+    """
+    if data.tokenizer is None or data.tokenizer.companions.files:
+        return data
+    kept = _kept_tokenizer(checkpoints, source)
+    if kept is None or kept.sha256 != data.tokenizer.sha256:
+        return data
+    return dataclasses.replace(data, tokenizer=dataclasses.replace(data.tokenizer, companions=kept.companions))
+
+
+def _kept_tokenizer(checkpoints: Path | None, source: Weights | None) -> Tokenizer | None:
     file = source.tokenizer_file() if source is not None else None
     if checkpoints is not None:
         kept = (checkpoints / str(step) / TOKENIZER_FILE for step in reversed(complete_steps(checkpoints)))
         file = next((path for path in kept if path.is_file()), None)
-    return from_bytes(file.read_bytes(), name=str(file)) if file is not None else None
+    return load_tokenizer(file) if file is not None else None
 
 
 def begun_from(

@@ -22,10 +22,23 @@ from mesh_transformer.model.params import count_matmul_params
 def flops_per_token(cfg: ModelConfig, sequence_length: int) -> int:
     """Model FLOPs of training on one token, forward and backward, recomputation not counted.
 
-    6 per parameter of every matrix that a token is multiplied with (the embedding is a lookup), and
-    12 n_layers sequence_length d_model for the two attention products.
+    6 per parameter of every matrix that a token is multiplied with (the embedding is a lookup, unless it is the head
+    too), and for the two attention products of every layer 12 n_heads d_head per position that a query has scores
+    with.
     """
-    return 6 * count_matmul_params(cfg) + 12 * cfg.n_layers * sequence_length * cfg.n_heads * cfg.d_head
+    sizes = cfg.axis_sizes
+    return 6 * count_matmul_params(cfg) + 12 * sizes["heads"] * sizes["head_dim"] * scored_positions(
+        cfg, sequence_length
+    )
+
+
+def scored_positions(cfg: ModelConfig, sequence_length: int) -> int:
+    """Keys that a query has scores with, summed over layers: the sequence, or the window where that is shorter.
+
+    What the causal mask hides is counted, in a window as in a whole sequence.
+    """
+    n_windowed = 0 if not cfg.window else cfg.n_layers if cfg.windowed_layers == "all" else cfg.n_layers // 2
+    return n_windowed * min(cfg.window, sequence_length) + (cfg.n_layers - n_windowed) * sequence_length
 
 
 def peak_flops(n_devices: int) -> float | None:

@@ -23,12 +23,17 @@ from mesh_transformer.checkpoint.weights import Weights
 from mesh_transformer.config.errors import CheckpointError, RunError
 from mesh_transformer.config.load import to_toml
 from mesh_transformer.config.run import RunConfig
-from mesh_transformer.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from mesh_transformer.data.tokenizer import Tokenizer
 from mesh_transformer.model.policy import ComputePolicy, default_policy
 from mesh_transformer.processes import ONE, Processes, StopAgreement, Watchdog, check_same, version_facts
 from mesh_transformer.sharding.layout import Layout, describe, layout_for
-from mesh_transformer.train.beginning import Start, begun_from, restored_or_random, tokenizer_at_hand
+from mesh_transformer.train.beginning import (
+    Start,
+    begun_from,
+    restored_or_random,
+    tokenizer_at_hand,
+    with_companions,
+)
 from mesh_transformer.train.data import (
     Data,
     count_steps,
@@ -140,6 +145,7 @@ def _opened(
         data = open_data(run, observer.note, kept)
         if source is not None and kept is not None and data.tokenizer is kept:
             observer.note(f"the data do not say what tokenizer made them; taken to be the model's: {kept.name}")
+        data = with_companions(data, None if begins else directory.checkpoints, source)
         separator = separator_of(run, data)
         policy = default_policy(run.train.compute_dtype, run.train.remat)
         ready = None
@@ -297,7 +303,7 @@ def _save(
             **({"init_from": began_from} if began_from is not None else {}),
             **lora_metadata(run),
         },
-        files={TOKENIZER_FILE: data.tokenizer.to_bytes()} if data.tokenizer else {},
+        files=data.tokenizer.files() if data.tokenizer else {},
     )
 
 

@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from mesh_transformer.checkpoint.huggingface.spellings import SPELLINGS, Keys
+from mesh_transformer.checkpoint.huggingface.keys import Keys
+from mesh_transformer.checkpoint.huggingface.spellings import SPELLINGS
 from mesh_transformer.checkpoint.names import hf_family
 from mesh_transformer.config.errors import CheckpointError, ConfigError
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.config.schema import model_config_from_dict
 
 CONFIG = "config.json"
+# Our fields -> their keys, in the families that have them.
+_OPTIONAL = {"d_rotary": "rotary_dim", "d_head": "head_dim", "n_kv_heads": "num_key_value_heads"}
 
 
 def looks_huggingface(path: str | os.PathLike[str]) -> bool:
@@ -45,9 +48,11 @@ def read_config(path: Path) -> ModelConfig:
     try:
         return model_config_from_dict(spelling.read(Keys(file, found)))
     except ConfigError as error:
-        sizes = {**spelling.sizes, "d_ff": spelling.d_ff}
+        sizes = {**spelling.sizes, "d_ff": spelling.d_ff, **_OPTIONAL}
         theirs = [
-            f"{ours} is {name} here" for own, name in sizes.items() if f"{(ours := f'model.{own}')} " in str(error)
+            f"{ours} is {name} here"
+            for own, name in sizes.items()
+            if name in found and f"{(ours := f'model.{own}')} " in str(error)
         ]
         raise CheckpointError(f"{file}: {error}" + (f" ({', '.join(theirs)})" if theirs else "")) from error
 
@@ -71,6 +76,12 @@ def config_document(cfg: ModelConfig, dtype: np.dtype, end_of_text: int | None) 
         "torch_dtype": dtype.name,
         "use_cache": True,
     }
+
+
+def named_ends(generation: bytes | None) -> dict[str, Any]:
+    """What config.json says of the ids that begin and end a text, as the generation_config.json beside it does."""
+    found = json.loads(generation) if generation is not None else {}
+    return {key: found[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in found}
 
 
 def generation_document(end_of_text: int | None) -> dict[str, Any]:

@@ -30,7 +30,7 @@ _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.
 # Constants that old exports hold beside the parameters: the causal mask and its fill value, the rotary table.
 _CONSTANTS = re.compile(
     r"(.+\.)?(h|layers)\.\d+\.(attn|self_attn|attention|attn\.attention)"
-    r"\.(bias|masked_bias|embed_positions|rotary_emb\.inv_freq)"
+    r"\.(bias|masked_bias|embed_positions|rotary_emb\.inv_freq)|(.+\.)?rotary_emb\.inv_freq"
 )
 
 

@@ -17,6 +17,7 @@ from mesh_transformer.checkpoint.huggingface.config import (
     CONFIG,
     config_document,
     generation_document,
+    named_ends,
     tokenizer_document,
 )
 from mesh_transformer.checkpoint.huggingface.reader import INDEX, SINGLE
@@ -70,6 +71,8 @@ def write_huggingface(
 ) -> None:
     """Writes config.json, generation_config.json, the tokenizer's files and the tensors.
 
+    Files of `tokenizer` that came from such a directory go out as they came, in the place of those made here.
+
     Args:
         target: exists and is empty.
         dtype: of all tensors; the embedding is rounded once, after the embedding bias is folded in.
@@ -88,6 +91,7 @@ def write_huggingface(
     n_files = 1 + max(place.file for place in places.values())
     names = [SINGLE] if n_files == 1 else [f"model-{i + 1:05d}-of-{n_files:05d}.safetensors" for i in range(n_files)]
     documents = {CONFIG: config_document(cfg, dtype, end_of_text), GENERATION_CONFIG: generation_document(end_of_text)}
+    documents[CONFIG] |= named_ends(tokenizer.get(GENERATION_CONFIG))
     if TOKENIZER_FILE in tokenizer:
         documents[TOKENIZER_CONFIG] = tokenizer_document(tokenizer[TOKENIZER_FILE], end_of_text)
     if n_files > 1:
