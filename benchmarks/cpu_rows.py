@@ -23,7 +23,7 @@ _LARGE = ("--precisions", "bfloat16,int8,int4", "--against", "hf,ctranslate2")
 # Row -> what Python is given; --out FILE is added.
 ROWS: dict[str, tuple[str, ...]] = {
     "train-gpt-j-77m-cpu": (*_BENCH, "train", "--preset", "gpt-j-77m", "--against", "hf,torch", "--rounds", "7"),
-    "train-llama-77m-cpu": (*_BENCH, "train", "--preset", "llama-77m", "--against", "hf", "--rounds", "7"),
+    "train-llama-77m-cpu": (*_BENCH, "train", "--preset", "llama-77m", "--against", "hf", "--rounds", "5"),
     "decode-gpt-j-77m-cpu": (*_DECODE, "gpt-j-77m", *_ALL),
     "decode-gpt-j-77m-batch-8-cpu": (*_DECODE, "gpt-j-77m", "--batch", "8", *_ALL),
     "decode-llama-77m-cpu": (*_DECODE, "llama-77m", *_ALL),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,7 +150,7 @@ def test_a_conversation_goes_on(client: openai.OpenAI, model: mt.Model) -> None:
     )
 
 
-def test_bad_requests_and_a_model_without_a_template(client: openai.OpenAI, tmp_path: Path) -> None:
+def test_bad_requests(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="messages = ") as caught:
         client.chat.completions.create(messages=[{"role": "robot", "content": "a"}], **ASKED)  # type: ignore[list-item]
     assert (caught.value.param, caught.value.code) == ("messages", None)

@@ -1,4 +1,4 @@
-"""The preset gpt-j-table on small models of three families: the tasks' own prompts and metrics, documents made here.
+"""The preset gpt-j-table on a small llama, its table's columns on a gpt2 and a gpt_neo, over documents made here.
 
 The harness' own hf model scores the same directories on the same tasks.
 """

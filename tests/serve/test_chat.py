@@ -57,7 +57,6 @@ def prompt_of(server: Server) -> str:
 
 def test_an_answer(chatty: Server) -> None:
     found = answer_of(chatty)
-    assert prompt_of(chatty).encode("latin-1", "replace").startswith(b"|user:h")
     assert TOKENIZER.decode(chatty.requests[0].prompt) == "<|endoftext|>user:hé;assistant:"
     assert chatty.requests[0].prompt[0] == END
     message = {"role": "assistant", "content": WRITTEN, "refusal": None}

@@ -1,7 +1,7 @@
 """From messages to a prompt, by the Jinja template that came with a model's tokenizer.
 
 The template sees what transformers' `apply_chat_template` shows it, and gives the same text. It is a stranger's
-program: it runs in Jinja's sandbox, which lets it change nothing and reach nothing but the messages.
+program: it runs in Jinja's sandbox, which lets it change nothing and reach nothing but the messages and the date.
 """
 
 from __future__ import annotations
