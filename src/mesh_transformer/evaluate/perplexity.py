@@ -62,7 +62,7 @@ def evaluate_text(
     text: str,
     progress: Progress = lambda stage, done, total: None,
 ) -> TextReport:
-    """Scores every token of `text` once, in windows as `rolling_windows` cuts them; before it stands what begins a text.
+    """Scores every token of `text` once, in windows as `rolling_windows` cuts them, after what begins a text.
 
     Raises:
         UserError: the text has no words, or the tokenizer no end-of-text.
