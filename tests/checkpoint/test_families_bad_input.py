@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from checkpoint import hf_cases
 from mesh_transformer.checkpoint.families import FAMILIES, Family
 from mesh_transformer.checkpoint.names import hf_family, hf_table
-from mesh_transformer.config.errors import CheckpointError
+from mesh_transformer.config.errors import CheckpointError, ConfigError
 from mesh_transformer.config.model import ModelConfig
 from small_families import NAMES, params_of, small
 
@@ -169,3 +170,71 @@ def test_what_config_json_says_and_nobody_knows(whole: Path, name: str) -> None:
     # What changes nothing, and what is off, passes.
     (whole / "config.json").write_text(json.dumps(config | {"residual_multiplier": None, "bos_token_id": 1}))
     assert hf_cases.read(whole)[0] == model(name)[0]
+
+
+# ------------------------------------------------------------------------------------------------ config.json
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("gpt_neox", {"rotary_pct": 0.0, "rope_parameters": None}, "rotary_pct is 0.0; the share .* no channel"),
+        ("gpt_neox", {"rotary_pct": "x", "rope_parameters": None}, "rotary_pct is 'x'; expected the share"),
+        ("gpt_neo", {"attention_types": [[[["global"]], 2]]}, "attention_types is .*; only global, local"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": None},
+            "expected a whole number",
+        ),
+        ("qwen2", {"layer_types": 3}, "layer_types is 3; expected a list"),
+        (
+            "llama",
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5",
+        ),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0}}, "'yarn' lacks factor"),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor .* is '2'; expected a number"),
+    ],
+)
+def test_values_that_cannot_be(name: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    cfg, params = model(name)
+    hf_cases.write(tmp_path / "model", cfg, params, {}, None)
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_scaling": None} | change))
+    with pytest.raises(CheckpointError, match=message) as raised:
+        hf_cases.read(tmp_path / "model")
+    assert str(raised.value).startswith(f"{file}: ")
+
+
+def test_yarn_without_a_factor_is_of_the_two_contexts(tmp_path: Path) -> None:
+    cfg, params = model("llama")
+    cfg = dataclasses.replace(cfg, rope_scaling=None)
+    hf_cases.write(tmp_path / "model", cfg, params, {}, None)
+    file = tmp_path / "model" / "config.json"
+    yarn = {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": cfg.n_ctx // 4}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_scaling": yarn}))
+    scaling = hf_cases.read(tmp_path / "model")[0].rope_scaling
+    assert scaling is not None and scaling.factor == 4
+
+
+@pytest.mark.parametrize("key", ["_num_labels", "is_llama_config", "unsloth_version", "auto_map"])
+def test_keys_of_tools_change_nothing(key: str, tmp_path: Path) -> None:
+    cfg, params = model("llama")
+    hf_cases.write(tmp_path / "model", cfg, params, {}, None)
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: "1"}))
+    assert hf_cases.read(tmp_path / "model")[0] == cfg
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"d_rotary": 2}, r"model\.d_rotary = 2: the config.json of Hugging Face's llama would say 8"),
+        ({"n_heads": 5, "n_kv_heads": 5}, r"model\.n_heads = 5 does not divide model\.d_model"),
+    ],
+)
+def test_what_config_json_cannot_say_is_not_written(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    cfg = dataclasses.replace(model("llama")[0], **change)
+    with pytest.raises(ConfigError, match=message):
+        hf_cases.write(tmp_path / "model", cfg, params_of(cfg), {}, None)
+    assert not list(tmp_path.glob("*/*.safetensors"))

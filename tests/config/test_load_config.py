@@ -173,6 +173,9 @@ def test_preset_with_overriding_fields(write):
     assert (heads.d_head, heads.d_ff, heads.n_kv_heads) == (128, 16384, 32)
     kept = model('preset = "gpt-j-6b"\nd_model = 1024\nd_head = 256\nd_ff = 100')
     assert (kept.d_head, kept.d_ff) == (256, 100)
+    assert narrow.d_rotary == preset("gpt-j-6b").d_rotary
+    turned = model('preset = "llama-2-7b"\nn_heads = 16')  # whole heads are turned, as in the preset
+    assert turned.d_rotary == turned.d_head == 256
     in_full = model("n_layers = 2\nd_model = 64\nn_heads = 4\nn_vocab = 512\nn_ctx = 128\nd_rotary = 8")
     assert in_full == preset("gpt-j-tiny")
 
@@ -308,6 +311,11 @@ def test_refused_content(write, added, message):
             '"gpt-j-tiny"',
             '"gpt-j-tiny"\nrope_scaling = { kind = "linear", factors = 2 }',
             "unknown key model.rope_scaling.factors (did you mean model.rope_scaling.factor?)",
+        ),
+        (
+            '"gpt-j-tiny"',
+            '"gpt-j-tiny"\nrope_scaling = { kind = "linear", factor = 2.0, beta_fast = 64.0 }',
+            "model.rope_scaling.beta_fast = 64.0 is not read by kind 'linear'",
         ),
         (
             '"gpt-j-tiny"',

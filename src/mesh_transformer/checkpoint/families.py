@@ -24,14 +24,15 @@ class Family:
     """A family of models in Hugging Face's names.
 
     Attributes:
-        model_type, class_name: as config.json has them.
+        model_type, class_name: as config.json has them. title: what people call it, where that is another word.
         prefix: of all names but the head's, which some files leave out.
         names: our module -> theirs.
         fields: what this family fixes among the fields of `ModelConfig`; several values are alternatives.
         biases: the choices of biases that it has.
         fused: how q, k and v lie in one tensor; None where they have their own.
         inputs_first: whether matrices are stored (in, out), as GPT-2's, and not (out, in); the head never is.
-        shares_heads: whether keys and values may have fewer heads.
+        shares_heads: whether keys and values may have fewer heads, and heads any width.
+        divides_width: whether transformers asks that n_heads divides d_model all the same.
     """
 
     model_type: str
@@ -43,6 +44,11 @@ class Family:
     fused: Fused | None = None
     inputs_first: bool = False
     shares_heads: bool = False
+    divides_width: bool = False
+    title: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "title", self.title or self.model_type)
 
     def name(self, path: str) -> str | None:
         """Their name of a parameter, {i} for the layer; None where they have none (GPT-J's embedding bias)."""
@@ -131,7 +137,9 @@ _LLAMA_FIELDS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _llama(model_type: str, class_name: str, biases: tuple[tuple[Bias, ...], ...], **fields: Any) -> Family:
+def _llama(
+    model_type: str, class_name: str, biases: tuple[tuple[Bias, ...], ...], *, divides: bool = False, **fields: Any
+) -> Family:
     return Family(
         model_type=model_type,
         class_name=class_name,
@@ -140,6 +148,7 @@ def _llama(model_type: str, class_name: str, biases: tuple[tuple[Bias, ...], ...
         fields=_LLAMA_FIELDS | fields,
         biases=biases,
         shares_heads=True,
+        divides_width=divides,
     )
 
 
@@ -150,6 +159,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="gptj",
             class_name="GPTJForCausalLM",
+            title="GPT-J",
             prefix="transformer.",
             names={
                 "embed/tokens": "wte",
@@ -232,7 +242,7 @@ FAMILIES: dict[str, Family] = {
             biases=(("qkv", "out", "mlp"), ("mlp",)),
             fused="by_head",
         ),
-        _llama("llama", "LlamaForCausalLM", ((), ("qkv", "out"), ("mlp",), ("qkv", "out", "mlp"))),
+        _llama("llama", "LlamaForCausalLM", ((), ("qkv", "out"), ("mlp",), ("qkv", "out", "mlp")), divides=True),
         _llama("mistral", "MistralForCausalLM", ((),), window=_ANY),
         _llama("qwen2", "Qwen2ForCausalLM", (("qkv",),), window=_ANY),
         _llama("qwen3", "Qwen3ForCausalLM", ((), ("qkv", "out")), window=_ANY, qk_norm=(True,)),

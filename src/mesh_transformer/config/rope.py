@@ -9,6 +9,13 @@ from typing import Literal, get_args
 from mesh_transformer.config.errors import ConfigError
 
 RopeKind = Literal["linear", "dynamic", "llama3", "yarn"]
+# The numbers that each law reads, beside `factor` and the context trained on at first.
+READ_BY: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "dynamic": (),
+    "llama3": ("low_freq_factor", "high_freq_factor"),
+    "yarn": ("beta_fast", "beta_slow", "attention_factor", "truncate"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +54,13 @@ class RopeScaling:
                 f"model.rope_scaling.kind = {self.kind!r} is not supported; expected one of: "
                 f"{', '.join(get_args(RopeKind))}"
             )
+        for field in dataclasses.fields(self):
+            idle = field.name not in ("kind", "factor", "original_ctx", *READ_BY[self.kind])
+            if idle and getattr(self, field.name) != field.default:
+                raise ConfigError(
+                    f"model.rope_scaling.{field.name} = {getattr(self, field.name)} is not read by kind "
+                    f"{self.kind!r}; leave it out"
+                )
         for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
             value = getattr(self, name)
             if not 0 < value < math.inf:

@@ -105,6 +105,8 @@ def _build_model(given: Mapping[str, Any]) -> ModelConfig:
     # A preset's derived sizes follow the fields that they derive from, unless they are given as well.
     if fields.keys() & {"d_model", "n_heads"}:
         base |= {"d_head": 0, "n_kv_heads": 0}
+        if named.d_rotary == named.d_head:  # whole heads are turned
+            base["d_rotary"] = 0
     if "d_model" in fields:
         base["d_ff"] = 0
     if fields.get("architecture", base["architecture"]) != base["architecture"]:

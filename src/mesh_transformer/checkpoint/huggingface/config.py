@@ -13,7 +13,7 @@ from mesh_transformer.checkpoint.huggingface.keys import Keys
 from mesh_transformer.checkpoint.huggingface.spellings import SPELLINGS
 from mesh_transformer.checkpoint.names import hf_family
 from mesh_transformer.config.errors import CheckpointError, ConfigError
-from mesh_transformer.config.model import ModelConfig
+from mesh_transformer.config.model import ModelConfig, differing_fields
 from mesh_transformer.config.schema import model_config_from_dict
 
 CONFIG = "config.json"
@@ -82,6 +82,22 @@ def named_ends(generation: bytes | None) -> dict[str, Any]:
     """What config.json says of the ids that begin and end a text, as the generation_config.json beside it does."""
     found = json.loads(generation) if generation is not None else {}
     return {key: found[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in found}
+
+
+def check_can_be_said(cfg: ModelConfig) -> None:
+    """Returns if a config.json, as it is written and read here, says the whole architecture.
+
+    Raises:
+        ConfigError: no family has such an architecture, or its config.json has no word for a field; it is named.
+    """
+    family = hf_family(cfg)
+    spelling = SPELLINGS[family.model_type]
+    said = model_config_from_dict(spelling.read(Keys(Path(CONFIG), spelling.write(cfg))))
+    for name, (own, theirs) in differing_fields(cfg, said).items():
+        raise ConfigError(
+            f"model.{name} = {own!r}: the config.json of Hugging Face's {family.title} would say {theirs!r}; "
+            "keep this model in the native format"
+        )
 
 
 def generation_document(end_of_text: int | None) -> dict[str, Any]:

@@ -24,7 +24,8 @@ _IDLE = re.compile(
     r"_attn_implementation.*|pretraining_tp|max_length|min_length|do_sample|early_stopping|num_beam.*|"
     r"diversity_penalty|temperature|top_[kp]|typical_p|.*_penalty|.*no_repeat_ngram_size|bad_words_ids|"
     r"num_return_sequences|finetuning_task|id2label|label2id|num_labels|prefix|problem_type|tf_legacy_loss|"
-    r"remove_invalid_values|.*suppress_tokens|reorder_and_upcast_attn|attention_layers"
+    r"remove_invalid_values|.*suppress_tokens|reorder_and_upcast_attn|attention_layers|_num_labels|"
+    r"is_[a-z]+_config|unsloth_\w+|auto_map|neftune_\w+|max_sequence_length"
 )
 
 
@@ -45,6 +46,13 @@ class Keys:
         value = self.get(key, default)
         if value == 0:
             raise CheckpointError(f"{self.file}: {key} is 0; expected at least 1")
+        return value
+
+    def whole(self, key: str, default: Any = None) -> int:
+        """The value of a key that must be a whole number."""
+        value = self.get(key, default)
+        if type(value) is not int:
+            raise CheckpointError(f"{self.file}: {key} is {value!r:.80}; expected a whole number")
         return value
 
     def only(self, key: str, *expected: Any) -> Any:

@@ -138,7 +138,7 @@ class HuggingFaceWeights(Weights):
         known = {*self._tensors, self._head} if self.cfg.tied_head else self._tensors
         extra = [name for name in self._files if name not in known and not _CONSTANTS.fullmatch(name)]
         if extra:
-            named = "GPT-J" if self._family.model_type == "gptj" else self._family.model_type
+            named = self._family.title
             raise CheckpointError(
                 f"{self.where}: holds the tensor {extra[0]} ({len(extra)} such in all), which this {named} has not; "
                 "is config.json this model's?"

@@ -8,17 +8,9 @@ from typing import Any
 
 from mesh_transformer.config.errors import ConfigError
 from mesh_transformer.config.model import ModelConfig
-from mesh_transformer.config.rope import RopeScaling
+from mesh_transformer.config.rope import READ_BY, RopeScaling
 
-_KINDS = ("linear", "dynamic", "llama3", "yarn")
 _ORIGINAL = "original_max_position_embeddings"
-# Their key -> our field of `RopeScaling`, by kind: every key that the kind's law reads.
-_NUMBERS: dict[str, dict[str, str]] = {
-    "linear": {"factor": "factor"},
-    "dynamic": {"factor": "factor"},
-    "llama3": {name: name for name in ("factor", "low_freq_factor", "high_freq_factor")},
-    "yarn": {name: name for name in ("factor", "beta_fast", "beta_slow", "attention_factor", "truncate")},
-}
 _BESIDE = ("rope_type", "type", "rope_theta", "partial_rotary_factor", _ORIGINAL)
 
 
@@ -34,20 +26,27 @@ def read_rope(given: Mapping[str, Any], theta: Any, n_ctx: Any) -> dict[str, Any
     fields: dict[str, Any] = {"rope_theta": given.get("rope_theta", theta)}
     if kind == "default":
         return fields
-    if kind not in _KINDS:
-        raise ConfigError(f"rope_type is {kind!r:.80}; expected default, {', '.join(_KINDS)}")
-    known = {*_NUMBERS[kind], *_BESIDE, *(("mscale", "mscale_all_dim") if kind == "yarn" else ())}
+    if kind not in READ_BY:
+        raise ConfigError(f"rope_type is {kind!r:.80}; expected default, {', '.join(READ_BY)}")
+    numbers = ("factor", *READ_BY[kind])  # fields of `RopeScaling`, which has their names
+    known = {*numbers, *_BESIDE, *(("mscale", "mscale_all_dim") if kind == "yarn" else ())}
     for key, value in given.items():
         if key not in known and value is not None:
             raise ConfigError(f"{key} of rope_type {kind!r} is not known; it may change the angles")
-    scaling = {ours: given[theirs] for theirs, ours in _NUMBERS[kind].items() if given.get(theirs) is not None}
+        if value is not None and key not in ("rope_type", "type") and not isinstance(value, int | float):
+            raise ConfigError(f"{key} of rope_type {kind!r} is {value!r:.80}; expected a number")
+    scaling = {name: given[name] for name in numbers if given.get(name) is not None}
     scaling["kind"] = kind
+    if kind == "yarn" and given.get("factor") is None and given.get(_ORIGINAL) and n_ctx:
+        scaling["factor"] = n_ctx / given[_ORIGINAL]
+    if "factor" not in scaling:
+        raise ConfigError(f"rope_type {kind!r} lacks factor")
     if kind == "dynamic":
         scaling["original_ctx"] = n_ctx
     elif kind != "linear":
         scaling["original_ctx"] = given.get(_ORIGINAL) or n_ctx
     if kind == "yarn" and "attention_factor" not in scaling and given.get("mscale") and given.get("mscale_all_dim"):
-        over, under = (_mscale(given["factor"], given[name]) for name in ("mscale", "mscale_all_dim"))
+        over, under = (_mscale(scaling["factor"], given[name]) for name in ("mscale", "mscale_all_dim"))
         scaling["attention_factor"] = over / under
     return fields | {"rope_scaling": scaling}
 
@@ -80,7 +79,7 @@ def _scaling_document(scaling: RopeScaling, cfg: ModelConfig) -> dict[str, Any]:
             f"model.rope_scaling.original_ctx = {scaling.original_ctx} is not model.n_ctx = {cfg.n_ctx}: config.json "
             "has no word for dynamic scaling to a fixed length; keep this model in the native format"
         )
-    numbers = {theirs: getattr(scaling, ours) for theirs, ours in _NUMBERS[scaling.kind].items()}
+    numbers = {name: getattr(scaling, name) for name in ("factor", *READ_BY[scaling.kind])}
     if scaling.kind == "yarn" and not scaling.attention_factor:
         del numbers["attention_factor"]
     if scaling.kind in ("llama3", "yarn"):

@@ -7,6 +7,7 @@ from typing import Any
 
 from mesh_transformer.checkpoint.huggingface.keys import Keys, Spelling
 from mesh_transformer.checkpoint.huggingface.rope import read_rope, write_rope
+from mesh_transformer.config.errors import ConfigError
 from mesh_transformer.config.model import Bias, ModelConfig
 
 # What transformers calls each activation.
@@ -72,7 +73,7 @@ def _read_gpt_neo(keys: Keys) -> dict[str, Any]:
     n_layers = keys.get("num_layers")
     kinds = keys.get("attention_types", [[["global", "local"], 12]])
     try:
-        layers = [kind for pattern, times in kinds for _ in range(min(int(times), 4096)) for kind in pattern]
+        layers = [str(kind) for pattern, times in kinds for _ in range(min(int(times), 4096)) for kind in pattern]
     except (TypeError, ValueError) as error:
         raise keys.refuse("attention_types", 'expected a list such as [[["global", "local"], 12]]') from error
     if len(layers) != n_layers:
@@ -130,9 +131,12 @@ def _turned(keys: Keys, given: Mapping[str, Any], key: str, default: float) -> i
     """Channels of each head that are turned: a share that is `given` among the rotary numbers or has a key."""
     share = given.get("partial_rotary_factor", keys.get(key, default))
     try:
-        return int(keys.get("hidden_size") // keys.get("num_attention_heads") * share)
-    except (TypeError, ZeroDivisionError) as error:
+        n_turned = int(keys.get("hidden_size") // keys.get("num_attention_heads") * share)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise keys.refuse(key, "expected the share of each head that is turned, such as 0.25") from error
+    if n_turned < 1:
+        raise keys.refuse(key, f"the share of each head that is turned is {share}, which is no channel at all")
+    return n_turned
 
 
 def _read_gpt_neox(keys: Keys) -> dict[str, Any]:
@@ -171,7 +175,9 @@ def _read_llama_like(keys: Keys) -> dict[str, Any]:
     """What Llama, Mistral and Qwen have in common; biases apart."""
     keys.only("hidden_act", "silu")
     heads = keys.get("num_attention_heads")
-    fields, _ = _rope(keys, keys.get("max_position_embeddings"))
+    fields, given = _rope(keys, keys.get("max_position_embeddings"))
+    if (share := given.get("partial_rotary_factor")) not in (None, 1.0):
+        raise ConfigError(f"partial_rotary_factor is {share!r:.80}; only 1.0 is supported")
     width = keys.size("head_dim")
     return fields | {
         "norm": "rms",
@@ -218,13 +224,16 @@ def _write_mistral(cfg: ModelConfig) -> dict[str, Any]:
 
 def _read_qwen_window(keys: Keys) -> dict[str, Any]:
     """Layers from max_window_layers on see a window; all or none are supported."""
-    layers, begin = keys.get("num_hidden_layers"), keys.get("max_window_layers", 28)
+    layers = keys.whole("num_hidden_layers")
+    keys.get("max_window_layers")
     window, kinds = keys.size("sliding_window", 4096), keys.get("layer_types")
     if not keys.get("use_sliding_window", False) or window is None:
         windowed = 0
     else:
-        windowed = max(0, layers - begin)
+        windowed = max(0, layers - keys.whole("max_window_layers", 28))
     if kinds is not None:
+        if not isinstance(kinds, list):
+            raise keys.refuse("layer_types", "expected a list of one kind for every layer")
         windowed = sum(kind != "full_attention" for kind in kinds) if window is not None else 0
     if windowed not in (0, layers):
         raise keys.refuse(

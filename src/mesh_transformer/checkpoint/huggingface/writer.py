@@ -15,6 +15,7 @@ import numpy as np
 
 from mesh_transformer.checkpoint.huggingface.config import (
     CONFIG,
+    check_can_be_said,
     config_document,
     generation_document,
     named_ends,
@@ -52,11 +53,16 @@ def check_target(cfg: ModelConfig) -> None:
     """
     family = hf_family(cfg)
     if cfg.n_heads * cfg.d_head != cfg.d_model and not family.shares_heads:
-        named = "GPT-J" if family.model_type == "gptj" else family.model_type
         raise ConfigError(
             f"model.n_heads * model.d_head = {cfg.n_heads * cfg.d_head} is not model.d_model = {cfg.d_model}: "
-            f"Hugging Face's {named} has no such heads; keep this model in the native format"
+            f"Hugging Face's {family.title} has no such heads; keep this model in the native format"
         )
+    if family.divides_width and cfg.d_model % cfg.n_heads:
+        raise ConfigError(
+            f"model.n_heads = {cfg.n_heads} does not divide model.d_model = {cfg.d_model}: transformers refuses such a "
+            f"{family.title}; keep this model in the native format"
+        )
+    check_can_be_said(cfg)
 
 
 def write_huggingface(
