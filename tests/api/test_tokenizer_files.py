@@ -61,6 +61,14 @@ def test_what_is_known_of_it(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode_prompt("") == list(tokenizer.begin)
 
 
+def test_prompts_are_encoded_together(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, calls, real = ["a", "<|begin_of_text|>é", "", "a b"], [], type(tokenizer)._encode_batch
+    expected = [tokenizer.encode_prompt(text, allow_special=True) for text in texts]
+    monkeypatch.setattr(type(tokenizer), "_encode_batch", lambda *given: calls.append(given) or real(*given))
+    assert tokenizer.encode_prompts(texts, allow_special=True) == expected and len(calls) == 1
+    assert load_tokenizer("bytes").encode_prompts(["a", ""]) == [[97], []]
+
+
 @pytest.mark.parametrize("to", ["native", "huggingface"])
 def test_formats(chat_model: mt.Model, tokenizer: Tokenizer, directory: Path, tmp_path: Path, to: str) -> None:
     chat_model.save(tmp_path / "first", format=to)
@@ -118,6 +126,8 @@ def test_answering_messages(chat_model: mt.Model, tokenizer: Tokenizer) -> None:
     how = {"max_tokens": 4, "temperature": 0.0}
     found = chat_model.chat(TALK, samples=2, **how)
     assert found == chat_model.generate([encode_chat(tokenizer, TALK)], samples=2, **how) and len(found) == 2
+    with pytest.raises(UserError, match=r"^messages, tools cannot be a template's own variable"):
+        render_chat(tokenizer, TALK, variables={"tools": [], "x": 1, "messages": []})
     with pytest.raises(UserError, match="no tokenizer"):
         mt.Model(chat_model.config, chat_model.params, None).chat(TALK)
 
@@ -145,6 +155,17 @@ def test_damaged_files_are_named(directory: Path, tmp_path: Path, name: str, con
     with pytest.raises(DataError) as caught:
         load_tokenizer(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / name}: ") and said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"model_type": "llama", "eos_token_id": "</s>"}', "[" * 100_000, b"\xff\xfe"]
+)
+def test_a_damaged_config_json_is_none(directory: Path, tmp_path: Path, content: str | bytes) -> None:
+    """It is the model's, or another program's: with the tokenizer nothing is wrong."""
+    (tmp_path / "tokenizer.json").write_bytes((directory / "tokenizer.json").read_bytes())
+    (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    found = load_tokenizer(tmp_path)
+    assert found.companions == Companions() and found.ends == (found.end_of_text,)
 
 
 # ----------------------------------------------------------------------------------------------------------- too large

@@ -6,7 +6,7 @@ import pytest
 
 from mesh_transformer.config.errors import UserError
 from mesh_transformer.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from mesh_transformer.evaluate.encoding import encode_legacy, encode_pair
+from mesh_transformer.evaluate.encoding import encode_legacy, encode_pair, encode_pairs
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,14 @@ def test_an_empty_context_is_end_of_text() -> None:
     # A continuation that begins with it needs no other.
     assert encode_pair(BYTES, "", "<|endoftext|>ab") == ([256], [97, 98])
     assert encode_pair(BYTES, "<|endoftext|>a", "b") == ([256, 97], [98])
+
+
+def test_pairs_are_encoded_together(bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [("the quick ", "brown fox"), ("", "dog"), (" ", "fox"), ("the qu", "ick brown"), ("", "<|endoftext|>a")]
+    expected, calls, real = [encode_pair(bpe, *text) for text in texts], [], type(bpe)._encode_batch
+    monkeypatch.setattr(type(bpe), "_encode_batch", lambda *given: calls.append(given) or real(*given))
+    assert encode_pairs(bpe, texts) == expected and len(calls) == 2
+    assert encode_pairs(bpe, []) == []
 
 
 @pytest.mark.parametrize(("context", "continuation"), [("a", ""), ("", ""), ("", "<|endoftext|>")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,19 @@ def test_prompts(pair: tuple[Tokenizer, Any], text: str) -> None:
     assert ours.encode_prompt(text) == ids
     assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
     assert [ours.begin[0]] == ids[:1] if theirs.bos_token else ours.begin == ()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("flags", [{"add_bos_token": False}, {"add_bos_token": True, "add_eos_token": True}])
+def test_what_stands_before_a_text_is_said_by_tokenizer_json(tmp_path: Path, name: str, flags: dict[str, bool]) -> None:
+    """The flags of tokenizer_config.json say nothing beside it, there and here."""
+    from transformers import AutoTokenizer
+
+    plain = load_tokenizer(family_tokenizers.write(tmp_path, name))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | flags))
+    ids = AutoTokenizer.from_pretrained(tmp_path)("The geese")["input_ids"]
+    assert load_tokenizer(tmp_path).encode_prompt("The geese") == ids == plain.encode_prompt("The geese")
 
 
 @pytest.mark.parametrize("text", TEXTS)

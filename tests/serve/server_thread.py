@@ -12,6 +12,7 @@ from typing import Any
 from fake_engine import TOKENIZER, FakeService
 from serve_cases import CONFIG
 
+from mesh_transformer.data.tokenizer import Tokenizer
 from mesh_transformer.serve.options import ServeOptions
 from mesh_transformer.serve.run import Server, bind
 from mesh_transformer.serve.served import ModelFacts, Served
@@ -22,9 +23,11 @@ DEADLINE = 60.0
 class ServerThread:
     """A server at a free port; a context manager."""
 
-    def __init__(self, *, held: bool = True, send_buffer: int | None = None, **options: Any) -> None:
+    def __init__(
+        self, *, held: bool = True, send_buffer: int | None = None, tokenizer: Tokenizer = TOKENIZER, **options: Any
+    ) -> None:
         self.service = FakeService(held=held)
-        facts = ModelFacts(config=CONFIG, tokenizer=TOKENIZER)
+        facts = ModelFacts(config=CONFIG, tokenizer=tokenizer)
         self.served = Served(facts, self.service, ServeOptions(**{"name": "tiny", **options}))  # type: ignore[arg-type]
         self.bound = bind("127.0.0.1", 0)
         if send_buffer is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 from pathlib import Path
@@ -10,10 +11,14 @@ from typing import Any
 import pytest
 from fake_engine import END, TOKENIZER, WRITTEN
 from serve_cases import Server, error_of
+from server_thread import ServerThread, post
 
 from mesh_transformer.config.errors import UserError
-from mesh_transformer.data.chat import with_template as with_file
+from mesh_transformer.data import chat as templates
+from mesh_transformer.data.chat import read_template
+from mesh_transformer.data.chat import with_template as with_text
 from mesh_transformer.data.companions import Companions
+from mesh_transformer.serve import chat as answering
 
 PATH = "/v1/chat/completions"
 TEMPLATE = (
@@ -29,6 +34,10 @@ HELLO = [{"role": "user", "content": "hé"}]
 def with_template(template: str = TEMPLATE, **more: Any) -> dict[str, Any]:
     companions = Companions(special={"bos_token": "<|endoftext|>"}, templates={"default": template}, **more)
     return {"tokenizer": dataclasses.replace(TOKENIZER, companions=companions)}
+
+
+def call_with(arguments: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
 
 
 @pytest.fixture
@@ -130,10 +139,75 @@ def test_what_messages_may_hold(chatty: Server) -> None:
     assert prompt_of(chatty) == "|system:a\nb;|assistant:42;|tool:7;1 tools;assistant:"
     answer_of(chatty, messages=messages, tools=tools, tool_choice="none", max_tokens=1)
     assert "tools;" not in prompt_of(chatty)
-    answer_of(
-        chatty, chat_template_kwargs={"ending": "!", "messages": []}, max_tokens=1, response_format={"type": "text"}
-    )
+    answer_of(chatty, chat_template_kwargs={"ending": "!"}, max_tokens=1, response_format={"type": "text"})
     assert TOKENIZER.decode(chatty.requests[0].prompt) == "<|endoftext|>user:hé;!"
+
+
+def test_content_that_is_null_is_shown_as_null(make_server: Any) -> None:
+    """And one that is not there as undefined; as transformers shows both."""
+    template = "{% for m in messages %}{{ m.content is none }},{{ m.content is defined }};{% endfor %}"
+    server = make_server(model=with_template(template))
+    call = {"type": "function", "function": {"name": "count", "arguments": "{}"}}
+    said = {"role": "assistant", "tool_calls": [call], "name": None, "tool_call_id": None}
+    answer_of(server, messages=[{**said, "content": None}, said], max_tokens=1)
+    assert prompt_of(server) == "True,True;False,False;"
+
+
+def test_arguments_of_tool_calls_are_objects_or_texts(make_server: Any) -> None:
+    """Objects, as most templates take them; the texts as they came, where a template fails on objects."""
+    asked = "{% set f = messages[0].tool_calls[0].function %}"
+    call = {"type": "function", "function": {"name": "count", "arguments": '{"n":  42}'}}
+    messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    for template, prompt in [
+        ("{{ f.arguments | tojson }}", '{"n": 42}'),
+        ("{{ 'n' + f.arguments + ';' }}", 'n{"n":  42};'),
+        ("{{ f.arguments.strip() }}", '{"n":  42}'),
+    ]:
+        server = make_server(model=with_template(asked + template))
+        answer_of(server, messages=messages, max_tokens=1)
+        assert prompt_of(server) == prompt
+    # Where neither helps, what was said of the objects is told; an object that came as one stays one.
+    server = make_server(model=with_template(asked + "{{ f.arguments + 1 }}"))
+    _, error = server.error(PATH, messages=messages)
+    assert "'dict' and 'int'" in error["message"]
+    call["function"]["arguments"] = {"n": 42}
+    assert "'dict' and 'int'" in server.error(PATH, messages=messages)[1]["message"]
+
+
+def test_a_template_runs_on_another_thread_than_the_streams(chatty: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    real = answering.encode_chat
+
+    def watched(*given: Any, **how: Any) -> list[int]:
+        try:
+            asyncio.get_running_loop()
+            seen.append(True)
+        except RuntimeError:
+            seen.append(False)
+        return real(*given, **how)
+
+    monkeypatch.setattr(answering, "encode_chat", watched)
+    answer_of(chatty, max_tokens=1)
+    assert seen == [False]
+
+
+def test_templates_are_compiled_before_the_first_conversation() -> None:
+    """Those that cannot be used are named; the others, and completions, are served all the same."""
+    companions = Companions(templates={"default": TEMPLATE + " once", "tool_use": "{% for %}"})
+    templates._compiled.cache_clear()
+    chats = [{"messages": HELLO, **more} for more in ({}, {"tools": [{"type": "function"}]})]
+    with ServerThread(held=False, tokenizer=dataclasses.replace(TOKENIZER, companions=companions)) as server:
+        status = []
+        for path, body in [("/v1/completions", {"prompt": "a"}), *((PATH, chat) for chat in chats)]:
+            with server.connect() as client:
+                client.sendall(post(path, body, "Connection: close"))
+                status.append(client.makefile("rb").readline().split()[1])
+            if len(status) == 1:
+                assert templates._compiled.cache_info().currsize == 1
+        assert status == [b"200", b"200", b"400"]
+    (warning,) = [note for note in server.notes if note.startswith("warning")]
+    assert warning.startswith("warning: the chat template 'tool_use' cannot be used: the chat template is no Jinja ")
+    assert warning.endswith("; chats that need it are refused") and server.notes[0] == warning
 
 
 def test_a_name_of_a_special_token_in_a_message_is_that_token(chatty: Server) -> None:
@@ -151,6 +225,9 @@ def test_a_name_of_a_special_token_in_a_message_is_that_token(chatty: Server) ->
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages", "messages"),
         ({"messages": [{"role": "user", "content": "a", "colour": "red"}]}, "messages", "messages = "),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}]}, "messages", "mess"),
+        ({"messages": [call_with("[" * 100_000)]}, "messages", 'messages = [{"role": "assistant"'),
+        ({"messages": [call_with('{"n": NaN}')]}, "messages", 'messages = [{"role": "assistant"'),
+        ({"messages": [call_with('{"n": -Infinity}')]}, "messages", 'messages = [{"role": "assistant"'),
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages", "the model's chat template cannot make"),
         ({"messages": [{"role": "user", "content": "a" * 80}]}, "messages", "the prompt has 97 tokens, and the model"),
         ({"tools": [{"type": "retrieval"}]}, "tools", "tools = "),
@@ -166,6 +243,10 @@ def test_a_name_of_a_special_token_in_a_message_is_that_token(chatty: Server) ->
         ({"logit_bias": {"264": 1}}, "logit_bias", "logit_bias names token id 264; expected ids from 0 to 263"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream_options is given without stream"),
         ({"prompt": "a"}, "prompt", 'the field "prompt" is not known; '),
+        ({"chat_template_kwargs": {"add_generation_prompt": False, "messages": []}}, "chat_template_kwargs",
+         "chat_template_kwargs: messages, add_generation_prompt cannot be a template's own variable"),
+        ({"chat_template_kwargs": {"tools": None}}, "chat_template_kwargs", "chat_template_kwargs: tools cannot be"),
+        ({"chat_template_kwargs": {"documents": []}}, "chat_template_kwargs", "chat_template_kwargs: documents cannot"),
         ({"chat_template_kwargs": []}, "chat_template_kwargs", "chat_template_kwargs = []; expected an object"),
     ],
 )  # fmt: skip
@@ -183,7 +264,9 @@ def test_what_the_template_says_is_told(chatty: Server) -> None:
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        ("{% for %}", "the model's chat template is no Jinja template: "),
+        ("{% for %}", "the chat template is no Jinja template: "),
+        ("{% break %}", "the chat template is no Jinja template: "),
+        ("{{ lipsum(n=1) }}", "cannot make a prompt of these messages: 'lipsum' is undefined"),
         ("{{ messages.pop() }}", "cannot make a prompt of these messages: "),
         ("{{ ''.__class__.__mro__ }}", "cannot make a prompt of these messages: "),
         ("{% set ns = namespace(__class__=1) %}", "a namespace holds no '__class__'"),
@@ -203,6 +286,13 @@ def test_templates_of_strangers(make_server: Any, template: str, said: str) -> N
     assert (status, error["param"]) == (400, "messages") and said in error["message"], error
     assert not server.service.groups
     assert server.complete(prompt="a")["choices"]
+
+
+def test_dictionaries_that_a_template_makes(make_server: Any) -> None:
+    template = "{{ dict(a=1).a }}{{ dict([('b', 2)], c=3) | length }}{{ dict.fromkeys('de', 4).e }}"
+    server = make_server(model=with_template(template + "{{ 'class' in (dict | string) }}"))
+    answer_of(server, max_tokens=1)
+    assert prompt_of(server) == "124False"
 
 
 def test_without_a_template_or_a_tokenizer(server: Server, make_server: Any) -> None:
@@ -236,11 +326,11 @@ def test_a_template_from_a_file(make_server: Any, tmp_path: Path) -> None:
     file.write_text(
         "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}é", encoding="utf-8"
     )
-    server = make_server(model={"tokenizer": with_file(TOKENIZER, file)})
+    server = make_server(model={"tokenizer": with_text(TOKENIZER, read_template(file))})
     answer_of(server)
     assert server.requests[0].prompt == (END, *"hé".encode(), END, *"é".encode())
-    with pytest.raises(UserError, match=r"absent\.jinja: cannot be read as a chat template in UTF-8"):
-        with_file(TOKENIZER, tmp_path / "absent.jinja")
+    with pytest.raises(UserError, match=r"absent\.jinja: cannot be read as a chat template \("):
+        read_template(tmp_path / "absent.jinja")
     file.write_text("{% if %}")
-    with pytest.raises(UserError, match="is no Jinja template"):
-        with_file(TOKENIZER, file)
+    with pytest.raises(UserError, match=r"chat\.jinja: the chat template is no Jinja template: "):
+        read_template(file)

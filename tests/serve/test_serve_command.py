@@ -143,6 +143,33 @@ def test_what_is_wrong_is_said_before_the_model_is_read(call: Call, asked: dict[
     assert not asked
 
 
+def test_a_chat_template_is_read_before_the_model(call: Call, asked: dict[str, Any], tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.jinja", tmp_path / "bad.jinja"
+    good.write_text("{{ messages[0].content }}")
+    bad.write_text("{% if %}")
+    for file, said in [(bad, "the chat template is no Jinja template: "), (tmp_path / "no", "cannot be read as a ")]:
+        status, lines = call("tiny", "--port", 0, "--chat-template", file)
+        assert (status, len(lines)) == (2, 2) and lines[0].startswith(f"error: {file}: {said}"), lines
+    assert not asked
+    assert call("tiny", "--port", 0, "--chat-template", good) == (143, [])
+    assert asked["served"].model.tokenizer.companions.templates == {"default": "{{ messages[0].content }}"}
+
+
+def test_jinja2_is_for_chats_alone(
+    call: Call, asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "jinja2" else real(name, *more)
+    )
+    assert call("tiny", "--port", 0) == (143, [])
+    asked.clear()
+    (tmp_path / "chat.jinja").write_text("{{ messages | length }} without jinja2")
+    status, lines = call("tiny", "--port", 0, "--chat-template", tmp_path / "chat.jinja")
+    assert status == 2 and not asked
+    assert lines == ["error: chat templates need jinja2", "install it: pip install 'mesh-transformer[serve]'"]
+
+
 def test_without_its_packages(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(

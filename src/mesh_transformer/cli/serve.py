@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 WhenFull = Literal["slide", "stop"]
 KEY_VARIABLE = "MESH_TRANSFORMER_API_KEY"
-_NEEDED = ("fastapi", "uvicorn", "prometheus_client", "jinja2")
+# Without jinja2 it serves everything but chats, which say what is missing.
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 
 def serve(
@@ -64,7 +65,7 @@ def serve(
 
     start_session()
     from mesh_transformer.cli.console import note
-    from mesh_transformer.data.chat import with_template
+    from mesh_transformer.data.chat import read_template, with_template
     from mesh_transformer.serve.options import ServeOptions
     from mesh_transformer.serve.run import bind, is_loopback, run, url_of
     from mesh_transformer.serve.served import Served
@@ -81,17 +82,18 @@ def serve(
         "shutdown_timeout": shutdown_timeout,
     }
     checked = ServeOptions(**options)
-    # What may be wrong with the address shows before the model is read.
+    # What may be wrong with the template and the address shows before the model is read.
+    template = None if chat_template is None else read_template(chat_template)
     with bind(host, port) as bound:
         if not is_loopback(bound) and checked.api_key is None:
             note(f"warning: whoever reaches {url_of(bound)} may use this server; give --api-key to ask for a key")
         opened = open_model(
             model, dtype=dtype, tokenizer=tokenizer, step=step, config=config, mesh=mesh, quantize=quantize
         )
-        if chat_template is not None:
+        if template is not None:
             if opened.tokenizer is None:
                 raise UserError("--chat-template is for text, and this model has no tokenizer; give --tokenizer")
-            opened.tokenizer = with_template(opened.tokenizer, chat_template)
+            opened.tokenizer = with_template(opened.tokenizer, template)
         service = opened.service(max_batch=max_batch, max_queue=max_queue, when_full=when_full)
         served = Served(facts_of(opened, when_full, variant=f"{dtype} {quantize} {mesh}"), service, checked)
         status = run(served, bound, note)

@@ -1,7 +1,8 @@
 """From messages to a prompt, by the Jinja template that came with a model's tokenizer.
 
 The template sees what transformers' `apply_chat_template` shows it, and gives the same text. It is a stranger's
-program: it runs in Jinja's sandbox, which lets it change nothing and reach nothing but the messages and the date.
+program: it runs in Jinja's sandbox, which lets it change nothing and reach nothing but the messages and the date. It is
+trusted with processor time and memory: nothing stops one that computes without end.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from mesh_transformer.data.tokenizer import Tokenizer
 
 # Characters of a prompt: more than any context holds, and little enough to be held.
 LONGEST = 1 << 23
+# What is shown to every template beside its own variables.
+SHOWN = ("messages", "tools", "documents", "add_generation_prompt")
 _TOOL_USE = "tool_use"
 
 Message = Mapping[str, Any]
@@ -29,6 +32,14 @@ Message = Mapping[str, Any]
 
 class NoTemplate(UserError):
     """The model has no chat template."""
+
+
+class BrokenTemplate(UserError):
+    """A text is no Jinja template."""
+
+
+class WrongType(UserError):
+    """A template did with a value what its type does not allow, such as joining an object to a text."""
 
 
 def render_chat(
@@ -42,29 +53,34 @@ def render_chat(
     """The text of a conversation, up to where the assistant's next words begin.
 
     Args:
-        messages: JSON objects with "role" and "content"; a key whose value is None counts as absent.
+        messages: JSON objects with "role" and "content", which the template sees as they are.
         tools: what the assistant may call, as JSON schemas; a template named "tool_use" is taken where there is one.
         add_generation_prompt: whether the beginning of an answer is part of it.
-        variables: of the template's own, such as {"enable_thinking": False}.
+        variables: of the template's own, such as {"enable_thinking": False}; none of `SHOWN`.
 
     Raises:
         NoTemplate: the tokenizer came with none.
-        UserError: the template refuses the messages, fails on them, or makes more than `LONGEST` characters of them.
+        WrongType: the template fails on the type of something.
+        UserError: the template refuses the messages, fails on them, or makes more than `LONGEST` characters of them;
+            or `variables` has names of `SHOWN`.
     """
-    text = _template(tokenizer, has_tools=tools is not None)
-    given = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    known = {**_special(tokenizer), **(variables or {})}
-    known |= {"messages": given, "tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
+    check_variables(variables or {})
+    compiled = _compiled(_template(tokenizer, has_tools=tools is not None))
+    from jinja2 import UndefinedError
+
+    shown = (list(messages), tools, None, add_generation_prompt)
+    known = {**_special(tokenizer), **(variables or {}), **dict(zip(SHOWN, shown, strict=True))}
     parts: list[str] = []
     n_characters = 0
     try:
-        for part in _compiled(text).generate(known):
+        for part in compiled.generate(known):
             parts.append(part)
             n_characters += len(part)
             if n_characters > LONGEST:
                 break
     except Exception as error:  # a template may raise whatever Python can
-        raise UserError(f"the model's chat template cannot make a prompt of these messages: {_said(error)}") from error
+        kind = WrongType if isinstance(error, TypeError | UndefinedError) else UserError
+        raise kind(f"the model's chat template cannot make a prompt of these messages: {_said(error)}") from error
     if n_characters > LONGEST:
         raise UserError(f"the model's chat template makes more than {LONGEST:,} characters of these messages")
     return "".join(parts)
@@ -78,17 +94,49 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **how: Any) -
     return tokenizer.encode(render_chat(tokenizer, messages, **how), allow_special=True)
 
 
-def with_template(tokenizer: Tokenizer, file: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer with the Jinja template in a file, in the place of those that it came with.
+def check_variables(variables: Mapping[str, Any]) -> None:
+    """Raises UserError for a variable that has one of the names of `SHOWN`."""
+    taken = [name for name in SHOWN if name in variables]
+    if taken:
+        raise UserError(
+            f"{', '.join(taken)} cannot be a template's own variable: it is shown to every one; leave it out"
+        )
+
+
+def prepare(tokenizer: Tokenizer) -> list[str]:
+    """Does ahead what a first conversation would wait for; what is wrong with the templates, each by its name."""
+    said = []
+    for name, text in tokenizer.companions.templates.items():
+        try:
+            _compiled(text)
+        except UserError as error:
+            said.append(f"the chat template {name!r} cannot be used: {' '.join(str(error).split())}")
+    if tokenizer.companions.templates:
+        tokenizer.encode("a", allow_special=True)
+    return said
+
+
+def read_template(file: str | os.PathLike[str]) -> str:
+    """The Jinja template in a file.
 
     Raises:
-        UserError: the file cannot be read, or is no template.
+        UserError: the file cannot be read, or is no template, or Jinja is not installed.
     """
     try:
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read as a chat template in UTF-8 ({error})") from error
-    _compiled(text)
+        raise UserError(
+            f"{file}: cannot be read as a chat template ({error})\ngive a file of Jinja text in UTF-8"
+        ) from error
+    try:
+        _compiled(text)
+    except BrokenTemplate as error:
+        raise UserError(f"{file}: {error}\nmend it, or leave --chat-template out for the model's own") from error
+    return text
+
+
+def with_template(tokenizer: Tokenizer, text: str) -> Tokenizer:
+    """The tokenizer with a Jinja template in the place of those that it came with."""
     companions = dataclasses.replace(tokenizer.companions, templates={DEFAULT: text})
     return dataclasses.replace(tokenizer, companions=companions)
 
@@ -122,16 +170,15 @@ def _compiled(text: str) -> Any:
     """A template ready to be filled in.
 
     Raises:
-        UserError: Jinja is not installed, or the text is no template.
+        BrokenTemplate: the text is no template.
+        UserError: Jinja is not installed.
     """
     if importlib.util.find_spec("jinja2") is None:
         raise UserError("chat templates need jinja2\ninstall it: pip install 'mesh-transformer[serve]'")
-    from jinja2 import TemplateError
-
     try:
         return _environment().from_string(text)
-    except TemplateError as error:
-        raise UserError(f"the model's chat template is no Jinja template: {_said(error)}") from error
+    except Exception as error:  # Jinja's own, and what Python says of the code that Jinja makes of it
+        raise BrokenTemplate(f"the chat template is no Jinja template: {_said(error)}") from error
 
 
 @functools.cache
@@ -142,7 +189,6 @@ def _environment() -> Any:
     from jinja2.ext import Extension
     from jinja2.ext import loopcontrols as loop_controls
     from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.utils import Namespace
 
     class Generation(Extension):
         """{% generation %}, by which training marks an assistant's words: they are written as they are."""
@@ -168,22 +214,6 @@ def _environment() -> Any:
                 raise SecurityError(f"a power of {right}")
             return super().call_binop(context, operator, left, right)
 
-    class Names(Namespace):
-        """Jinja's namespace without names that begin with an underscore, by which sandboxes were left."""
-
-        def __init__(*arguments: Any, **given: Any) -> None:
-            for name in dict(*arguments[1:], **given):
-                _check(name)
-            Namespace.__init__(*arguments, **given)
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            _check(name)
-            super().__setitem__(name, value)
-
-    def _check(name: Any) -> None:
-        if isinstance(name, str) and name.startswith("_"):
-            raise SecurityError(f"a namespace holds no {name!r}")
-
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
@@ -192,9 +222,43 @@ def _environment() -> Any:
     environment.globals |= {
         "raise_exception": refuse,
         "strftime_now": lambda form: datetime.datetime.now().strftime(form),
-        "namespace": Names,
+        "dict": _Dict(),
+        "namespace": _namespace(),
     }
+    del environment.globals["lipsum"]  # text by the megabyte, which no prompt needs
     return environment
+
+
+class _Dict:
+    """What `dict` is to a template: it makes dictionaries and is not their class, which leads out of sandboxes."""
+
+    def __call__(self, *arguments: Any, **given: Any) -> dict[Any, Any]:
+        return dict(*arguments, **given)
+
+    def fromkeys(self, *arguments: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*arguments)
+
+
+def _namespace() -> Any:
+    """Jinja's namespace without names that begin with an underscore, by which sandboxes were left."""
+    from jinja2.exceptions import SecurityError
+    from jinja2.utils import Namespace
+
+    def check(name: Any) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"a namespace holds no {name!r}")
+
+    class Names(Namespace):
+        def __init__(*arguments: Any, **given: Any) -> None:
+            for name in dict(*arguments[1:], **given):
+                check(name)
+            Namespace.__init__(*arguments, **given)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            check(name)
+            super().__setitem__(name, value)
+
+    return Names
 
 
 def _to_json(

@@ -1,7 +1,8 @@
 """The files beside a tokenizer.json, and what they say: special tokens, chat templates, the ids that end a text.
 
 They are Hugging Face's (tokenizer_config.json, special_tokens_map.json, chat_template.jinja, chat_templates/NAME.jinja,
-generation_config.json), and are kept as they are wherever the tokenizer is stored.
+generation_config.json), and are kept as they are wherever the tokenizer is stored. A config.json is a model's: what is
+wrong with it is said where a model is read, and to a tokenizer a damaged one is none.
 """
 
 from __future__ import annotations
@@ -87,9 +88,8 @@ def companions_of(read: Read, where: str, more: Mapping[str, str] | None = None)
         files[CONFIG] = json.dumps(config | {"chat_template": listed}, indent=2, ensure_ascii=False).encode()
         files.pop(TEMPLATE, None)
     if GENERATION not in files:
-        model = _object(read(_MODEL), f"{where}/{_MODEL}")
-        said = {key: model[key] for key in ("bos_token_id", "eos_token_id") if model.get(key) is not None}
-        if "model_type" in model and said:
+        said = _said_by_model(read(_MODEL))
+        if said:
             files[GENERATION] = json.dumps(said).encode() + b"\n"
     return Companions(files, special, templates, _ends(files.get(GENERATION), f"{where}/{GENERATION}"))
 
@@ -104,6 +104,17 @@ def _object(data: bytes | None, where: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise DataError(f"{where}: expected a JSON object; it is damaged, copy it again")
     return found
+
+
+def _said_by_model(data: bytes | None) -> dict[str, Any]:
+    """What a config.json says of ends and beginnings; nothing, where it is damaged or another program's."""
+    try:
+        model = _object(data, _MODEL)
+        said = {key: model[key] for key in ("bos_token_id", "eos_token_id") if model.get(key) is not None}
+        _ends(json.dumps(said).encode(), _MODEL)
+    except (DataError, RecursionError):
+        return {}
+    return said if "model_type" in model else {}
 
 
 def _text(data: bytes, where: str) -> str:

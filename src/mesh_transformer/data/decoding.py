@@ -1,4 +1,9 @@
-"""What single tokens of a tokenizer.json stand for: bytes that do not depend on the tokens around them."""
+"""What single tokens of a tokenizer.json stand for: bytes that do not depend on the tokens around them.
+
+Bytes that are no UTF-8 become one U+FFFD for each maximal part of a character, as Unicode recommends, whatever kind of
+token they come from. The `tokenizers` library does so for byte-level vocabularies; of a run of tokens such as <0xE2>
+that is not UTF-8 as a whole it makes one U+FFFD for each token, those of whole characters in the run included.
+"""
 
 from __future__ import annotations
 

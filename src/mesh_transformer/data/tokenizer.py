@@ -61,13 +61,13 @@ class Tokenizer(abc.ABC):
         return known or (() if self.end_of_text is None else (self.end_of_text,))
 
     def encode_prompt(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """`encode` with `begin` before it, as transformers' tokenizers give it; once, where the text has it already.
+        """`encode` with `begin` before it, as transformers' tokenizers give it; once, where the text has it already."""
+        return self.encode_prompts([text], allow_special=allow_special)[0]
 
-        Raises:
-            DataError: as `encode`.
-        """
-        ids = self.encode(text, allow_special=allow_special)
-        return ids if self.begin and tuple(ids[: len(self.begin)]) == self.begin else [*self.begin, *ids]
+    def encode_prompts(self, texts: Sequence[str], *, allow_special: bool = False) -> list[list[int]]:
+        """`encode_prompt` of each text; faster than one by one. Raises DataError as `encode` does."""
+        begin, several = list(self.begin), self.encode_batch(texts, allow_special=allow_special)
+        return [ids if begin and ids[: len(begin)] == begin else begin + ids for ids in several]
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Token ids of `text`. `<|endoftext|>` in it is ordinary text unless `allow_special`.
@@ -122,11 +122,7 @@ class Tokenizer(abc.ABC):
         return {**self.companions.files, FILE_NAME: self.to_bytes()}
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Writes `directory/tokenizer.json` and its companions; returns its path.
-
-        Raises:
-            DataError: one cannot be written.
-        """
+        """Writes `directory/tokenizer.json` and its companions: its path. Raises DataError if one cannot be written."""
         make_directory(Path(directory))
         for name, data in self.files().items():
             write_atomic(Path(directory) / name, data)
@@ -184,6 +180,7 @@ class _LibraryTokenizer(Tokenizer):
 
     @functools.cached_property
     def begin(self) -> tuple[int, ...]:
+        # By tokenizer.json alone: beside it transformers drops add_bos_token of tokenizer_config.json too.
         if not self.backend.num_special_tokens_to_add(False):
             return ()
         alone, whole = (self.backend.encode("a", add_special_tokens=added).ids for added in (False, True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mesh_transformer.config.errors import UserError
 from mesh_transformer.data.normalize import fix_text
 from mesh_transformer.data.tokenizer import Tokenizer
@@ -9,29 +11,43 @@ from mesh_transformer.engine.packing import Pair
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
-    """The ids of a pair as lm-evaluation-harness' own models have them.
+    """One of `encode_pairs`."""
+    return encode_pairs(tokenizer, [(context, continuation)])[0]
+
+
+def encode_pairs(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]]) -> list[Pair]:
+    """The ids of each (context, continuation) as lm-evaluation-harness' own models have them.
 
     Spaces that end the context go to the continuation. The continuation's tokens are those of the whole text beyond as
     many as the context has by itself; before them stand the context's own, and what the tokenizer puts before every
-    text. (Where a token of the whole text reaches
-    over the border, these are not quite the text's tokens; the harness has it so.) An empty context is the tokenizer's
-    beginning-of-text, or end-of-text where it has none, unless the continuation begins with it.
+    text. (Where a token of the whole text reaches over the border, these are not quite the text's tokens; the harness
+    has it so.) An empty context is the tokenizer's beginning-of-text, or end-of-text where it has none, unless the
+    continuation begins with it.
 
     Raises:
         UserError: nothing is left to score, or the context is empty and there is no end-of-text token.
     """
-    if not context:
-        ids = tokenizer.encode(continuation, allow_special=True)
-        prefix = start_of_text(tokenizer)
-        pair = Pair(ids[:1], ids[1:]) if ids and ids[0] == prefix else Pair([prefix], ids)
-    else:
-        head = context.rstrip()
-        # A context of nothing but spaces leaves none; the harness keeps no token before it either.
-        whole, before = (tokenizer.encode_prompt(text, allow_special=True) for text in (context + continuation, head))
-        pair = Pair(before, whole[len(before) :])
-        if not before:
-            pair = Pair([start_of_text(tokenizer)], whole)
-    return _checked(pair, context, continuation)
+    # All at once, since the tokenizer then uses every core.
+    begun = [text for context, continuation in texts if context for text in (context + continuation, context.rstrip())]
+    alone = [continuation for context, continuation in texts if not context]
+    prompts = iter(tokenizer.encode_prompts(begun, allow_special=True))
+    plain = iter(tokenizer.encode_batch(alone, allow_special=True))
+    return [
+        _checked(_cut(tokenizer, next(prompts), next(prompts)) if text[0] else _started(tokenizer, next(plain)), *text)
+        for text in texts
+    ]
+
+
+def _cut(tokenizer: Tokenizer, whole: list[int], before: list[int]) -> Pair:
+    """A pair out of the ids of the whole text and of the context alone."""
+    # A context of nothing but spaces leaves none; the harness keeps no token before it either.
+    return Pair(before, whole[len(before) :]) if before else Pair([start_of_text(tokenizer)], whole)
+
+
+def _started(tokenizer: Tokenizer, ids: list[int]) -> Pair:
+    """A pair of an empty context and the continuation's ids."""
+    prefix = start_of_text(tokenizer)
+    return Pair(ids[:1], ids[1:]) if ids and ids[0] == prefix else Pair([prefix], ids)
 
 
 def encode_legacy(tokenizer: Tokenizer, context: str, continuation: str, n_ctx: int) -> Pair:

@@ -24,7 +24,7 @@ from mesh_transformer.config.model import ModelConfig  # noqa: E402
 from mesh_transformer.data.tokenizer import Tokenizer  # noqa: E402
 from mesh_transformer.engine.packing import Pair  # noqa: E402
 from mesh_transformer.engine.scoring import Progress, Scorer  # noqa: E402
-from mesh_transformer.evaluate.encoding import clean, encode_legacy, encode_pair, end_of_text, start_of_text  # noqa: E402
+from mesh_transformer.evaluate.encoding import clean, encode_legacy, encode_pairs, end_of_text, start_of_text  # noqa: E402
 from mesh_transformer.evaluate.generation import sampling_options  # noqa: E402
 from mesh_transformer.evaluate.perplexity import rolling_windows  # noqa: E402
 from mesh_transformer.evaluate.together import Computing  # noqa: E402
@@ -126,7 +126,7 @@ class HarnessModel(LM):
         if self.legacy_prompts:
             pairs = [encode_legacy(self._texts, text[0], text[1], self.cfg.n_ctx) for text in texts]
         else:
-            pairs = [encode_pair(self._texts, text[0], text[1]) for text in texts]
+            pairs = encode_pairs(self._texts, [(text[0], text[1]) for text in texts])
         found = self._score(pairs)
         self._remember("loglikelihood", requests, found)
         return found
@@ -134,7 +134,7 @@ class HarnessModel(LM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Of each text: its log-likelihood in nats, in windows that score every token once."""
         texts = [clean(*request.args) if self.legacy_prompts else request.args[0] for request in requests]
-        ids = [self._texts.encode_prompt(text, allow_special=True) for text in texts]
+        ids = self._texts.encode_prompts(texts, allow_special=True)
         start = end_of_text(self._texts) if self.legacy_prompts else start_of_text(self._texts)
         windows = [list(rolling_windows(each, start, self.cfg.n_ctx)) for each in ids]
         scores = iter(self._score([window for of_text in windows for window in of_text]))
@@ -145,13 +145,12 @@ class HarnessModel(LM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """A completion of each (context, options), up to and without the first stop string."""
         prompts, options, seen = [], [], dict[str, int]()
-        for request in requests:
+        contexts = [clean(request.args[0]) if self.legacy_prompts else request.args[0] for request in requests]
+        encoded = self._texts.encode_prompts(contexts, allow_special=True)
+        for request, ids in zip(requests, encoded, strict=True):
             context, how = request.args
             number = seen[context] = seen.get(context, -1) + 1  # of several completions of one prompt
             wanted = sampling_options(how, self._texts, self.cfg.n_ctx, seed=self.seed, sample=number)
-            if self.legacy_prompts:
-                context = clean(context)
-            ids = self._texts.encode_prompt(context, allow_special=True)
             prompts.append(ids[-(self.cfg.n_ctx - wanted.max_tokens) :])
             options.append(wanted)
         found, done = [""] * len(prompts), 0

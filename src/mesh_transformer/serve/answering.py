@@ -29,20 +29,26 @@ MUCH_TO_WRITE = 64
 
 
 async def respond(
-    request: HttpRequest, served: Served, ask: Callable[[bytes, Served], Asked], shape: type[Answer]
+    request: HttpRequest,
+    served: Served,
+    ask: Callable[[bytes, Served], Asked],
+    shape: type[Answer],
+    *,
+    apart: bool = False,
 ) -> Response:
     """Answers a request.
 
     Args:
         ask: what its body asks for.
         shape: of the answer.
+        apart: whether a body is always looked at on another thread, and not only a large one.
 
     Raises:
         ApiError: the request cannot be served; nothing has been sent.
         ClientGone: the client went away; its completions are cancelled.
     """
     body = await read_body(request, served.options)
-    if len(body) > _MUCH_TO_READ:
+    if apart or len(body) > _MUCH_TO_READ:
         asked = await asyncio.to_thread(ask, body, served)
     else:
         asked = ask(body, served)

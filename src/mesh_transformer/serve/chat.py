@@ -10,7 +10,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from mesh_transformer.config.errors import UserError
-from mesh_transformer.data.chat import NoTemplate, encode_chat
+from mesh_transformer.data.chat import NoTemplate, WrongType, check_variables, encode_chat
+from mesh_transformer.data.tokenizer import Tokenizer
 from mesh_transformer.engine.request import Request
 from mesh_transformer.serve.answering import MUCH_TO_WRITE, Answer, respond
 from mesh_transformer.serve.answers import Piece, chat_logprobs_object
@@ -23,7 +24,7 @@ from mesh_transformer.serve.asking import (
     check_prompt,
     sampling,
 )
-from mesh_transformer.serve.chat_schema import ChatRequest
+from mesh_transformer.serve.chat_schema import ChatRequest, with_objects
 from mesh_transformer.serve.errors import bad_request
 from mesh_transformer.serve.reading import parse_object
 from mesh_transformer.serve.served import Served
@@ -32,7 +33,8 @@ from mesh_transformer.serve.validation import validate
 
 async def chat(request: HttpRequest, served: Served) -> Response:
     """Answers messages. Raises as `respond`."""
-    return await respond(request, served, ask_chat, _Chat)
+    # What a template computes, no stream of others has to wait for.
+    return await respond(request, served, ask_chat, _Chat, apart=True)
 
 
 def ask_chat(body: bytes, served: Served) -> Asked:
@@ -75,9 +77,12 @@ def _prompt(asked: ChatRequest, served: Served) -> tuple[int, ...]:
     """The ids of the conversation."""
     if served.model.tokenizer is None:
         raise bad_request("this model has no tokenizer; give token ids to /v1/completions", "messages")
-    tools = None if asked.tool_choice == "none" else asked.tools
     try:
-        ids = encode_chat(served.model.tokenizer, asked.messages, tools=tools, variables=asked.chat_template_kwargs)
+        check_variables(asked.chat_template_kwargs)
+    except UserError as error:
+        raise bad_request(f"chat_template_kwargs: {error}", "chat_template_kwargs") from error
+    try:
+        ids = _encoded(asked, served.model.tokenizer)
     except NoTemplate as error:
         message = f"{error}; prompts are taken at /v1/completions"
         raise bad_request(message, code="chat_template_missing") from error
@@ -87,6 +92,22 @@ def _prompt(asked: ChatRequest, served: Served) -> tuple[int, ...]:
         raise bad_request("the model's chat template makes an empty prompt of these messages", "messages")
     check_prompt(tuple(ids), served, "messages")
     return tuple(ids)
+
+
+def _encoded(asked: ChatRequest, tokenizer: Tokenizer) -> list[int]:
+    """The ids, with the arguments of tool calls as objects; where the template fails on their type, as texts."""
+    tools = None if asked.tool_choice == "none" else asked.tools
+    how: dict[str, Any] = {"tools": tools, "variables": asked.chat_template_kwargs}
+    messages = with_objects(asked.messages)
+    try:
+        return encode_chat(tokenizer, messages, **how)
+    except WrongType as error:
+        if messages == asked.messages:
+            raise
+        try:
+            return encode_chat(tokenizer, asked.messages, **how)
+        except UserError:
+            raise error from None
 
 
 def _max_tokens(asked: ChatRequest, n_prompt: int, served: Served) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
+from mesh_transformer.data.chat import SHOWN
 from mesh_transformer.engine.request import MOST_ALTERNATIVES
 from mesh_transformer.serve.schema import MOST_TOKENS, SamplingFields, Usage
 
@@ -18,7 +19,7 @@ _NULL = ("refusal", "audio", "annotations", "function_call")
 
 
 def _messages(value: Any) -> Any:
-    """Messages as a template takes them: texts whole, arguments of tool calls as objects."""
+    """Messages as a template takes them: texts whole, and no keys that say nothing."""
     if type(value) is not list or not value:
         raise ValueError("not messages")
     return [_message(message) for message in value]
@@ -34,7 +35,9 @@ def _message(value: Any) -> dict[str, Any]:
     content, calls = value.get("content"), value.get("tool_calls")
     if content is None and not (value["role"] == "assistant" and calls):
         raise ValueError("no content")
-    found = {"role": value["role"], **({} if content is None else {"content": _content(content)})}
+    found: dict[str, Any] = {"role": value["role"]}
+    if "content" in value:  # a null is shown as what it is: templates ask for it
+        found["content"] = None if content is None else _content(content)
     for key in _PASSED_ON:
         if value.get(key) is not None:
             found[key] = [_call(call) for call in _list(value[key])] if key == "tool_calls" else _text(value[key])
@@ -54,13 +57,36 @@ def _content(value: Any) -> str:
 def _call(value: Any) -> dict[str, Any]:
     if type(value) is not dict or type(value.get("function")) is not dict:
         raise ValueError("not a tool call")
-    function = dict(value["function"])
-    arguments = function.get("arguments", {})
-    if type(arguments) is str:  # as OpenAI's protocol has them, while templates take objects
-        arguments = function["arguments"] = json.loads(arguments)
-    if type(arguments) is not dict:
+    if type(_arguments(value["function"])) is not dict:
         raise ValueError("no arguments")
-    return {**value, "function": function}
+    return value
+
+
+def _arguments(function: dict[str, Any]) -> Any:
+    """The arguments of a call, which OpenAI's protocol has as JSON text."""
+    given = function.get("arguments", {})
+    try:
+        return json.loads(given, parse_constant=_no_constant) if type(given) is str else given
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def with_objects(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Checked messages with the arguments of their tool calls as objects, which most templates take."""
+
+    def call(given: dict[str, Any]) -> dict[str, Any]:
+        function = given["function"]
+        changed = {"arguments": _arguments(function)} if "arguments" in function else {}
+        return {**given, "function": {**function, **changed}}
+
+    def whole(message: dict[str, Any]) -> dict[str, Any]:
+        return message | {"tool_calls": [call(each) for each in message["tool_calls"]]}
+
+    return [whole(message) if "tool_calls" in message else message for message in messages]
 
 
 def _list(value: Any) -> list[Any]:
@@ -121,7 +147,8 @@ _MESSAGE_SCHEMA: dict[str, Any] = {
 _MESSAGES_SCHEMA = {"type": "array", "minItems": 1, "items": _MESSAGE_SCHEMA}
 _TOOL_SCHEMA = {"type": "object", "properties": {"type": {"const": "function"}}, "required": ["type"]}
 _TOOLS_SCHEMA = {"anyOf": [{"type": "array", "items": _TOOL_SCHEMA}, {"type": "null"}]}
-_OBJECT_SCHEMA = {"anyOf": [{"type": "object"}, {"type": "null"}]}
+_NAMES_SCHEMA = {"not": {"enum": list(SHOWN)}}
+_OBJECT_SCHEMA = {"anyOf": [{"type": "object", "propertyNames": _NAMES_SCHEMA}, {"type": "null"}]}
 _FORMAT_SCHEMA = {"anyOf": [{"const": {"type": "text"}}, {"type": "null"}]}
 
 
@@ -142,7 +169,8 @@ class ChatRequest(SamplingFields):
 
     messages: Messages = Field(
         description='a list of objects such as {"role": "user", "content": "Hello"}; role is '
-        f"{', '.join(ROLES[:-1])} or {ROLES[-1]}, content a string or a list of parts of type text"
+        f"{', '.join(ROLES[:-1])} or {ROLES[-1]}, content a string or a list of parts of type text, the arguments of a "
+        "tool call an object or its JSON text"
     )
     max_tokens: int | None = Field(
         None,

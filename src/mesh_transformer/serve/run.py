@@ -17,6 +17,7 @@ from types import FrameType
 import uvicorn
 
 from mesh_transformer.config.errors import UserError
+from mesh_transformer.data.chat import prepare
 from mesh_transformer.serve.app import make_app
 from mesh_transformer.serve.served import Served
 
@@ -150,6 +151,10 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listens, and says where; from here on signals are answered."""
+        if self._served.model.tokenizer is not None:
+            # So that no first conversation waits, and a template that cannot be used is known of.
+            for wrong in await asyncio.to_thread(prepare, self._served.model.tokenizer):
+                self._note(f"warning: {wrong}; chats that need it are refused")
         url = url_of((sockets or [])[0])
         await super().startup(sockets)
         self._note(f"serving {self._served.options.name} at {url}")
