@@ -40,6 +40,7 @@ def rehearse(directory: Path, *parts: str) -> None:
     assert [row for rows in found.values() for row in rows if "error" in row or "not_begun" in row] == []
 
 
+@pytest.mark.long
 def test_the_parts_that_matter_run(tmp_path: Path) -> None:
     rehearse(tmp_path, *PARTS)
     assert set(rows_of(tmp_path)) == set(PARTS)

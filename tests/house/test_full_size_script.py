@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import quickly
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "full_size.py"
@@ -22,6 +24,7 @@ def measure(tmp_path: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | ours, timeout=300, check=False)
 
 
+@pytest.mark.long
 def test_every_step_is_measured_and_nothing_is_left(tmp_path: Path) -> None:
     done = measure(tmp_path)
     assert done.returncode == 0, done.stderr

@@ -125,6 +125,7 @@ _OTHERS: dict[str, tuple[Any, ...]] = {
 }
 
 
+@pytest.mark.long
 def test_every_option_shows(both: Both) -> None:
     ids, seen = tokens(1, 40), 0
     expected = logits_of(both.params, ids, both.cfg)

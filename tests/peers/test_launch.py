@@ -220,6 +220,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(
     assert place.outcome("stopped") == reference
 
 
+@pytest.mark.long
 def test_failures_are_counted(place: Place) -> None:
     one_device = ("--set", "mesh.data=1", "--max-failures", "0")
     status, output = place.launch("failed", *one_device, workers=1, meanwhile=kill_a_worker)
@@ -229,6 +230,7 @@ def test_failures_are_counted(place: Place) -> None:
     assert "the same command goes on from the newest checkpoint" in lines[told + 1 :]
 
 
+@pytest.mark.long
 def test_what_a_worker_refuses_is_not_tried_again(place: Place) -> None:
     status, output = place.launch("refused", "--set", "mesh.data=3")
     assert status == 2, output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.peers
 URL, NAME = "http://127.0.0.1:8000", "notes"
 
 
+SERVING = next(path for path in DOCUMENTS if path.name == "serving.md")
 # Those of other addresses are about proxies and other machines.
 CURLS = [
     (path, line) for path in DOCUMENTS for line in commands(path) if line.startswith("curl ") and f" {URL}" in line
@@ -25,8 +27,10 @@ CURLS = [
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    model = save_model(tmp_path_factory.mktemp("curl") / NAME)
-    with serving(model, "--max-batch", "2") as running:
+    place = tmp_path_factory.mktemp("curl")
+    (template,) = re.findall(r"<!-- file: chat.jinja -->\n```text\n(.*?)```", SERVING.read_text(), re.DOTALL)
+    (place / "chat.jinja").write_text(template)
+    with serving(save_model(place / NAME), "--max-batch", "2", "--chat-template", str(place / "chat.jinja")) as running:
         yield running
 
 
@@ -48,5 +52,5 @@ def test_a_curl_command(running: Running, line: str) -> None:
     else:
         answer = json.loads(done.stdout)
         assert "error" not in answer and answer
-        if "/v1/completions" in line:
+        if "completions" in line:
             assert answer["model"] == NAME and answer["choices"][0]["finish_reason"]

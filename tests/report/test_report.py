@@ -77,6 +77,7 @@ def test_the_command_repeats_the_run(written: Written, runs: Runs) -> None:
     assert words[5] == "--init-from" and Path(words[6]).is_relative_to(runs.base.run_directory)
 
 
+@pytest.mark.long
 def test_a_run_from_random_parameters_is_compared_with_its_earliest_checkpoint(runs: Runs, tmp_path: Path) -> None:
     file = write_report(runs.base.run_directory, tmp_path / "base.html", ReportOptions(rows=6), note=lambda _: None)
     page = Page(file.read_text())
@@ -84,6 +85,7 @@ def test_a_run_from_random_parameters_is_compared_with_its_earliest_checkpoint(r
     assert "evaluate.tasks is empty" in page.sections["Evaluation"]
 
 
+@pytest.mark.long
 def test_a_base_that_has_gone_is_said_and_the_rest_stands(runs: Runs, tmp_path: Path) -> None:
     elsewhere = runs.base.run_directory.rename(runs.base.run_directory.with_name("moved"))
     try:
