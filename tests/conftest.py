@@ -21,9 +21,9 @@ install_import_hook(
 # Files that take longest begin first, so that none is left to one process at the end; before them those whose programs
 # are compiled otherwise, so that each process changes over once.
 _LONGEST = (
-    "test_launch.py", "test_run_of_many.py", "test_executed_documents.py", "test_kill_and_resume.py", "test_generate.py",
+    "test_run_of_many.py", "test_executed_documents.py", "test_kill_and_resume.py", "test_generate.py",
     "test_commands.py", "test_invariance.py", "test_sampling_in_engine.py", "test_real_server.py",
-    "test_bad_input.py", "test_demo.py",
+    "test_bad_input.py", "test_demo.py", "test_launch.py",
     "test_collectives.py", "test_mesh_losses.py", "test_mesh_inference.py", "test_optimizer.py", "test_run.py",
 )  # fmt: skip
 
