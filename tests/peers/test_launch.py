@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -100,6 +101,7 @@ class Place:
                 status = process.wait(SECONDS)
             finally:
                 process.kill()
+                process.wait()
             log.seek(0)
             return status, log.read()
 
@@ -108,7 +110,9 @@ class Place:
         run, begun = self.directory / "runs" / name, time.time()
         metrics = run / "metrics.jsonl"
         while time.time() < begun + SECONDS and process.poll() is None:
-            is_new = metrics.exists() and metrics.stat().st_mtime > begun
+            is_new = False
+            with contextlib.suppress(FileNotFoundError):  # --new may remove it at any moment
+                is_new = metrics.stat().st_mtime > begun
             if is_new and any(path.name.isdigit() for path in run.glob("checkpoints/*")):
                 return
             time.sleep(0.02)
