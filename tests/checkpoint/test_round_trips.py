@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,11 @@ from v1_cases import BFLOAT16, LOADER, SMALL, TINY, is_truth, refused, stored
 
 from legacy.generator import Arch, Truth, write_model_directory
 from legacy.generator_v2 import ArchV2, write_v2
-from mesh_transformer.checkpoint import opening
+from mesh_transformer.checkpoint import native_weights, opening
 from mesh_transformer.checkpoint.convert import Conversion, convert
 from mesh_transformer.checkpoint.logical import fingerprint
 from mesh_transformer.checkpoint.models import open_weights
+from mesh_transformer.checkpoint.slices import ArrayWriter
 from mesh_transformer.checkpoint.weights import InMemory, Piece, assemble, leaf_at, nested
 from mesh_transformer.config.errors import ConfigError
 from mesh_transformer.model.params import abstract_params
@@ -203,7 +207,25 @@ def test_a_cast_that_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", ["native", "huggingface", "legacy"])
-def test_values_too_large_for_half_precision_are_refused(tmp_path: Path, to: Any) -> None:
+def test_values_too_large_for_half_precision_are_refused(
+    tmp_path: Path, to: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class SlowDisk(ArrayWriter):
+        """Is still at the piece before when the next one turns out to be too large."""
+
+        def write(self, name: str, row: int | None, values: np.ndarray) -> Callable[[], None]:
+            write = super().write
+
+            def later() -> None:
+                time.sleep(0.02)
+                write(name, row, values)()
+
+            threads.append(threading.Thread(target=later))
+            threads[-1].start()
+            return threads[-1].join
+
+    threads: list[threading.Thread] = []
+    monkeypatch.setattr(native_weights, "ArrayWriter", SlowDisk)
     original(tmp_path / "a")
     weights = open_weights(tmp_path / "a")
     params = assemble(weights)
@@ -213,6 +235,8 @@ def test_values_too_large_for_half_precision_are_refused(tmp_path: Path, to: Any
     refused(
         lambda: convert(too_large, tmp_path / "b", half), str(tmp_path / "b"), "65504", "bfloat16", error=ConfigError
     )
+    for thread in threads:
+        thread.join()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a"]
     convert(too_large, tmp_path / "b", Conversion(to=to, dtype=BFLOAT16))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -154,12 +155,18 @@ def _write_arrays(
         writer.write(name, None, np.array(count, np.int32))()
     for kind in kinds:
         finish: Callable[[], None] = lambda: None  # noqa: E731
-        for piece, values in read_ahead(weights, weights.order(), kind):
-            name = f"{_TREES[kind]}/{piece.path}"
-            rounded = np.asarray(values, shapes[name][1], order="C")
-            finish()
-            finish = writer.write(name, piece.layer, rounded)
-            progress(rounded.nbytes)
+        try:
+            for piece, values in read_ahead(weights, weights.order(), kind):
+                name = f"{_TREES[kind]}/{piece.path}"
+                rounded = np.asarray(values, shapes[name][1], order="C")
+                finish()
+                finish = writer.write(name, piece.layer, rounded)
+                progress(rounded.nbytes)
+        except Exception:
+            # What is written after the caller's removal would make the directory anew.
+            with contextlib.suppress(Exception):  # the first error is the news
+                finish()
+            raise
         finish()
     return {name: {"shape": list(shape), "dtype": kept.name} for name, (shape, kept) in sorted(shapes.items())}
 
