@@ -8,7 +8,10 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 import pytest
 from jaxtyping import install_import_hook
 
+from mesh_transformer import compat
 from quickly import compile_quickly
+
+compat.give_fake_devices_threads()
 
 # train.state is left out: JAX rebuilds its dataclass with descriptions in place of arrays when it lowers a program.
 install_import_hook(

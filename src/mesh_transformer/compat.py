@@ -53,13 +53,33 @@ def prepare_process() -> None:
     On Linux the C allocator is told to keep big buffers instead of returning them to the system after every step,
     where fresh pages would be paid for again, and to take them from huge pages (what it is worth: docs/performance.md).
     The process then never shrinks. MESH_TRANSFORMER_ALLOCATOR=default leaves the allocator alone.
-    MESH_TRANSFORMER_GPU=default leaves out what is set for NVIDIA GPUs (`prepare_gpu`).
+    MESH_TRANSFORMER_GPU=default leaves out what is set for NVIDIA GPUs (`prepare_gpu`). Several devices made of one CPU
+    get threads enough (`give_fake_devices_threads`).
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's start-up chatter
     if platform.system() == "Linux" and os.environ.get("MESH_TRANSFORMER_ALLOCATOR") != "default":
         _keep_freed_memory()
     if os.environ.get("MESH_TRANSFORMER_GPU") != "default":
         prepare_gpu()
+    give_fake_devices_threads()
+
+
+_FAKE_DEVICES = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
+# With one thread a device the same steps came to a stop within a minute, with two not; those that wait cost nothing.
+_THREADS_A_FAKE_DEVICE = 8
+
+
+def give_fake_devices_threads() -> None:
+    """Before JAX is imported: where XLA_FLAGS divides the CPU into several devices, XLA gets more threads than cores.
+
+    A device that waits for the others in a collective keeps its thread. With as many threads as cores, which is what
+    XLA takes, all of them can wait for devices that have none left, and XLA ends the process after 40 seconds. What
+    PJRT_NPROC says already stays.
+    """
+    given = _FAKE_DEVICES.findall(os.environ.get("XLA_FLAGS", ""))
+    if given and int(given[-1]) > 1:
+        threads = max(_THREADS_A_FAKE_DEVICE * int(given[-1]), os.cpu_count() or 1)
+        os.environ.setdefault("PJRT_NPROC", str(threads))
 
 
 # What XLA is told about NVIDIA GPUs; why: docs/gpu.md.

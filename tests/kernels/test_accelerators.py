@@ -306,3 +306,26 @@ def test_gpu_settings_are_not_made_where_they_are_not_wanted(
         monkeypatch.setenv(name, value)
     compat.prepare_process()
     assert settings() == ("--xla_dump_to=/tmp/x", None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "given", "threads"),
+    [
+        ("--xla_force_host_platform_device_count=200", None, "1600"),
+        ("--xla_force_host_platform_device_count=2 --xla_force_host_platform_device_count=300", None, "2400"),
+        ("--xla_force_host_platform_device_count=200", "3", "3"),
+        ("--xla_force_host_platform_device_count=1", None, None),
+        ("", None, None),
+    ],
+    ids=["many", "the last one counts", "as given", "one", "no flag"],
+)
+def test_devices_made_of_one_cpu_get_threads(
+    flags: str, given: str | None, threads: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setenv("PJRT_NPROC", given or "")
+    if given is None:
+        monkeypatch.delenv("PJRT_NPROC")
+    compat.give_fake_devices_threads()
+    assert os.environ.get("PJRT_NPROC") == threads
+    monkeypatch.delenv("PJRT_NPROC", raising=False)

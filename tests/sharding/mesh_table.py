@@ -14,6 +14,10 @@ import numpy as np
 from mesh_cases import CASES, program_of
 from test_mesh_losses import assert_writes_alike, trained
 
+from mesh_transformer import compat
+
+compat.give_fake_devices_threads()
+
 
 def furthest(tree: Any, expected: Any) -> float:
     """The largest difference of a value, in units of the largest in its array."""
