@@ -7,9 +7,11 @@ byte counts, checkpoint names and foreign layouts are all derived from it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import types
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -119,10 +121,11 @@ def map_table(f: Callable[..., Any], cfg: ModelConfig, *trees: Any) -> Any:
     return jax.tree.map(f, param_table(cfg), *trees, is_leaf=lambda s: isinstance(s, ParamSpec))
 
 
-def named_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
-    """The table flat: "layers/attn/q" -> spec."""
+@functools.lru_cache(maxsize=64)
+def named_specs(cfg: ModelConfig) -> Mapping[str, ParamSpec]:
+    """The table flat: "layers/attn/q" -> spec. Asked for with every array of a file, so it is made once."""
     pairs, _ = jax.tree_util.tree_flatten_with_path(param_table(cfg), is_leaf=lambda s: isinstance(s, ParamSpec))
-    return {path_name(path): spec for path, spec in pairs}
+    return types.MappingProxyType({path_name(path): spec for path, spec in pairs})
 
 
 def path_name(path: tuple[Any, ...]) -> str:
