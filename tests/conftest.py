@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 # compiled as users have them. All others, within `make test`, are compiled in a third of the time: `quickly`.
 _COMPILED_AS_FOR_USERS = (
     "test_golden.py", "test_golden_layouts.py", "test_collectives.py", "test_memory.py", "test_narrow_weights.py",
-    "test_invariance.py", "test_compiles_nothing.py", "test_lora_step.py", "test_native_programs.py",
+    "test_invariance.py", "test_native_programs.py",
     "test_fast_kernels.py", "test_many_processes.py", "test_plan_compiled.py",
 )  # fmt: skip
 

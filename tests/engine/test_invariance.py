@@ -157,7 +157,9 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["t5", "fixed", "bfloat16", "int8"])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(k, marks=pytest.mark.long) for k in ("t5", "fixed")), "bfloat16", "int8"]
+)
 def test_random_company_of_every_kind(kind: str) -> None:
     one = model(n_layers=1, **KINDS[kind])
     compared, cached = random_company(one, 4, 8)

@@ -94,6 +94,7 @@ def test_an_error_of_the_first_ends_all(model: Path) -> None:
     assert n_texts == len(PAIRS)
 
 
+@pytest.mark.long
 def test_a_text_is_scored_by_two_processes(model: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("A text of some words.\nIt goes on beyond what the context holds.\n")
     script = 'import sys; sys.argv.insert(1, "evaluate"); from mesh_transformer.cli.main import main; main()'

@@ -83,8 +83,15 @@ def head_case(rows: int) -> tuple[jax.Array, ...]:
     return normal(0, rows, 16), normal(1, 16, 50), normal(2, 50), targets.at[1].set(50), weights
 
 
-@pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("rows", [5, 64])
+@pytest.mark.parametrize(
+    ("rows", "whole"),
+    [
+        (5, False),
+        (64, True),
+        pytest.param(5, True, marks=pytest.mark.long),
+        pytest.param(64, False, marks=pytest.mark.long),
+    ],
+)
 def test_head_loss(rows: int, whole: bool) -> None:
     how = cross_entropy.How("float32", 0.3, whole, 24)
     x, w, b, targets, weights = head_case(rows)

@@ -140,7 +140,7 @@ def test_an_adapter_over_a_frozen_base() -> None:
     assert_alike(gradient(policy_with(CPU_FORMS)), gradient(policy_with(frozenset())))
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_steps_go_the_same_way(accumulation: int) -> None:
     losses = [step_losses(forms, accumulation) for forms in (frozenset[Any](), CPU_FORMS)]
     assert losses[0][-1] < losses[0][0]

@@ -23,7 +23,7 @@ CFG = ModelConfig(n_layers=8, d_model=256, n_heads=4, n_vocab=512, n_ctx=64, d_r
 TOKENS = jnp.arange(24, dtype=jnp.int32).reshape(2, 12) * 19 % 512
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.long)])
 @pytest.mark.parametrize("position", ["rotary", "t5"])
 def test_equal_to_float32_copies(dtype: str, position: Any) -> None:
     cfg = dataclasses.replace(CFG, n_layers=3, position=position, d_rotary=0)
@@ -36,7 +36,7 @@ def test_equal_to_float32_copies(dtype: str, position: Any) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * float(jnp.abs(expected).max()))
 
 
-@pytest.mark.parametrize("compute", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("compute", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.long)])
 def test_no_copy_of_the_cache(compute: str) -> None:
     """A program that adds a token needs no more memory for a cache of many pages than for one of few."""
     params, rows = abstract_params(CFG, jnp.bfloat16), jnp.ones((2, 4), jnp.int32)
@@ -57,8 +57,14 @@ def test_no_copy_of_the_cache(compute: str) -> None:
     assert many - few < 0.01 * (large - small)
 
 
-@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-@pytest.mark.parametrize("program", [prefill, decode, forward])
+@pytest.mark.parametrize(
+    ("program", "compute"),
+    [
+        (decode, "float32"),
+        *((program, "bfloat16") for program in (prefill, decode, forward)),
+        *(pytest.param(program, "float32", marks=pytest.mark.long) for program in (prefill, forward)),
+    ],
+)
 def test_no_copy_of_all_weights(program: Any, compute: str) -> None:
     """The compiled programs' own memory is a part of the weights' bytes; without the care taken it is twice them."""
     params = abstract_params(CFG, jnp.bfloat16)

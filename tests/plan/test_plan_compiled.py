@@ -25,7 +25,7 @@ def case(remat: str, parts: int = 1, *, n_layers: int = 2, d_model: int = 256, l
     "planned",
     [
         case("full", fsdp=2, tensor=4),
-        case("dots", 2, data=2, fsdp=4, zero=3, d_model=512),
+        pytest.param(case("dots", 2, data=2, fsdp=4, zero=3, d_model=512), marks=pytest.mark.long),
         pytest.param(case("none", data=8, length=256), marks=pytest.mark.long),
     ],
     ids=["full", "dots", "none"],

@@ -18,6 +18,7 @@ from mesh_transformer.model.params import is_multiplied, named_specs, shape, siz
 N_LAYERS = MODEL.n_layers
 LAYERS = {name: spec for name, spec in named_specs(MODEL).items() if name.startswith("layers/")}
 OTHERS = {name: spec for name, spec in named_specs(MODEL).items() if name not in LAYERS}
+ZERO_3 = [pytest.param("fsdp, zero 3", marks=pytest.mark.long), "fsdp, zero 3, remat full"]
 
 
 @functools.cache
@@ -67,7 +68,7 @@ def test_tensor_never_sends_logits() -> None:
     assert all(m.n_bytes <= 4 * BATCH * SEQUENCE * MODEL.d_model for m in sent("tensor"))
 
 
-@pytest.mark.parametrize("name", ["data", "data, accumulation"])
+@pytest.mark.parametrize("name", [pytest.param("data", marks=pytest.mark.long), "data, accumulation"])
 def test_data_sums_the_gradients_of_matrices_once_a_step(name: str) -> None:
     """However many layers and microbatches there are; those of norms, biases and tables in each."""
     assert {m.kind for m in sent(name)} == {"all-reduce"}
@@ -80,7 +81,7 @@ def test_data_sums_the_gradients_of_matrices_once_a_step(name: str) -> None:
     assert shapes(outside) >= Counter(tuple(sorted(shape(s, MODEL))) for s in matrices.values())
 
 
-@pytest.mark.parametrize("name", ["fsdp, zero 3", "fsdp, zero 3, remat full"])
+@pytest.mark.parametrize("name", ZERO_3)
 def test_per_layer_gathers_a_layer_within_the_loop(name: str) -> None:
     inside = some(sent(name), "all-gather", "forward", loops=1)
     assert {m.times for m in inside} == {N_LAYERS}
@@ -89,10 +90,7 @@ def test_per_layer_gathers_a_layer_within_the_loop(name: str) -> None:
     assert not [m for m in sent(name) if m.kind == "all-gather" and m.phase == "update"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["fsdp, zero 3", "fsdp, zero 3, remat full"],
-)
+@pytest.mark.parametrize("name", ZERO_3)
 def test_the_backward_pass_gathers_each_matrix_again(name: str) -> None:
     again = shapes(some(sent(name), "all-gather", "backward", loops=1))
     matrices = Counter(tuple(sorted(shape(spec, MODEL)[1:])) for spec in LAYERS.values() if spec.inputs)

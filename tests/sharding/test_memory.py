@@ -52,7 +52,7 @@ def test_temporaries_do_not_grow_with_the_devices() -> None:
     """At the same number of sequences a device: what is gathered is one layer, however many hold it."""
     model = ModelConfig(n_layers=8, d_model=128, n_heads=4, n_vocab=512, n_ctx=32, d_rotary=8)
     temporaries = []
-    for ways in WAYS:
+    for ways in (WAYS[0], WAYS[-1]):
         program = compile_step(run_of(fsdp(ways, 3), model, batch=2 * ways, sequence=32))
         temporaries.append(program.step.memory_analysis().temp_size_in_bytes)
     assert max(temporaries) <= 1.01 * temporaries[0]

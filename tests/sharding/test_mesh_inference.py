@@ -30,7 +30,7 @@ FORMS: dict[str, tuple[ModelConfig, str]] = {
     "16-bit weights": (BASE, "bfloat16"),
 }
 MESHES = ["data=2,tensor=4", "tensor=8", "data=8"]
-QUICK = [("data=2,tensor=4", "t5"), ("tensor=8", "16-bit weights")]
+QUICK = [("data=2,tensor=4", "16-bit weights")]
 EVERY = [
     pytest.param(mesh, form, marks=() if (mesh, form) in QUICK else pytest.mark.long)
     for mesh in MESHES

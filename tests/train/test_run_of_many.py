@@ -157,7 +157,7 @@ def test_a_step_that_hangs_ends_with_a_report_of_who_is_missing(
     assert re.search(r"process \d \(host .*\) was last heard at step 5", told)
 
 
-@pytest.mark.parametrize("what", ["mesh", "missing data"])
+@pytest.mark.parametrize("what", [pytest.param("mesh", marks=pytest.mark.long), "missing data"])
 def test_a_user_s_mistake_ends_all_with_its_two_lines(
     toy: Toy, quick: dict[str, str], tmp_path: Path, what: str
 ) -> None:
