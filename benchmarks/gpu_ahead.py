@@ -33,15 +33,18 @@ from gpu_train import VARIANTS, Variant
 from jax.experimental import topologies
 
 from mesh_transformer import compat
+from mesh_transformer.checkpoint.lora import record_of
 from mesh_transformer.config.presets import preset
-from mesh_transformer.config.run import TrainConfig
+from mesh_transformer.config.run import DataConfig, RunConfig, TrainConfig
+from mesh_transformer.config.tuning import LoraConfig
 from mesh_transformer.engine.pages import page_size
 from mesh_transformer.engine.programs import decode
 from mesh_transformer.model.cache import empty_cache
+from mesh_transformer.model.lora import adapt
 from mesh_transformer.model.params import is_multiplied, map_table, shape
 from mesh_transformer.model.policy import ComputePolicy
 from mesh_transformer.model.quantize import described
-from mesh_transformer.train.state import initial_state
+from mesh_transformer.train.state import initial_adapter_state, initial_state
 from mesh_transformer.train.step import make_train_step
 
 # As XLA writes it down for such a device.
@@ -61,6 +64,9 @@ device_description_str: "NVIDIA H200"
 """
 ITEMSIZE = {"f32": 4, "bf16": 2, "s8": 1, "u8": 1}
 LARGE = 16 << 20
+# What a step of training takes where a variant says nothing else.
+USUAL: dict[str, Any] = {"loss_chunk": 4096, "attention": "cudnn"}
+ADAPTER = LoraConfig(rank=8, targets=("q", "v"))
 
 
 def main() -> None:
@@ -80,6 +86,7 @@ def main() -> None:
         "programs": json.loads(arguments.out.read_text())["programs"] if arguments.out.exists() else [],
     }
     done = {row["program"] for row in result["programs"]}
+    described_by = {name: what for name, what, _ in steps_of_training()}
     for name, lower in programs(there).items():
         if arguments.only not in name or name in done:
             continue
@@ -92,6 +99,8 @@ def main() -> None:
             "temporaries": memory.temp_size_in_bytes,
             "compile_s": round(time.perf_counter() - began),
         }
+        if name in described_by:
+            row["step"] = described_by[name]
         if "decode" in name:
             row["made_of_weights"] = made_of_weights(compiled.as_text())
         print(json.dumps(row), flush=True)
@@ -109,11 +118,9 @@ def let_jax_lower_for_hopper() -> None:
 def programs(there: Any) -> dict[str, Callable[[], Any]]:
     """Every program by name, as a function that lowers it."""
     found: dict[str, Callable[[], Any]] = {
-        f"train {name}: {variant.says}": functools.partial(train, variant, there) for name, variant in VARIANTS.items()
+        name: functools.partial(train, variant, there, base=what.get("base"))
+        for name, what, variant in steps_of_training()
     }
-    found["train: remat full, plain attention, batch 8"] = functools.partial(
-        train, Variant("", remat="full", policy={"attention": "plain", "loss_chunk": 1024}), there
-    )
     for kind in ("bfloat16", "int8", "int4"):
         for rows in (1, 2, 128):
             for unroll in (False, True):
@@ -122,13 +129,44 @@ def programs(there: Any) -> dict[str, Callable[[], Any]]:
     return found
 
 
+def steps_of_training() -> list[tuple[str, dict[str, Any], Variant]]:
+    """Name, what `mesh-transformer plan` needs to know, and the variant."""
+    variants = {f"train {name}: {variant.says}": variant for name, variant in VARIANTS.items()}
+    plain = {"attention": "plain", "loss_chunk": 1024}
+    variants["train: remat full, plain attention, batch 8"] = Variant("", remat="full", policy=plain)
+    found = [(name, described_step(variant), variant) for name, variant in variants.items()]
+    for remat, batch, base in (
+        ("full", 1, "bfloat16"),
+        ("full", 8, "bfloat16"),
+        ("dots", 4, "bfloat16"),
+        ("full", 8, "float32"),
+    ):
+        variant = Variant("", batch=batch, remat=remat, moments="float32")
+        name = f"adapter of rank {ADAPTER.rank} on q and v, base in {base}, remat {remat}, batch {batch}"
+        found.append((name, described_step(variant) | {"base": base}, variant))
+    return found
+
+
+def described_step(variant: Variant) -> dict[str, Any]:
+    """What tells the step's bytes."""
+    chosen = {**USUAL, **variant.policy}
+    return {
+        "batch_size": variant.batch,
+        "remat": variant.remat,
+        "moment_dtype": variant.moments,
+        "attention": chosen["attention"],
+        "loss_chunk": chosen["loss_chunk"],
+        "unroll": chosen.get("unroll", False),
+    }
+
+
 def put(tree: Any, there: Any) -> Any:
     """Descriptions of arrays, on the device."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=there), tree)
 
 
-def train(variant: Variant, there: Any) -> Any:
-    """The training step of GPT-J-6B."""
+def train(variant: Variant, there: Any, base: str | None = None) -> Any:
+    """The training step of GPT-J-6B, or of ADAPTER on a GPT-J-6B in the dtype `base`."""
     cfg = preset("gpt-j-6b")
     how = TrainConfig(
         steps=1000,
@@ -138,11 +176,22 @@ def train(variant: Variant, there: Any) -> Any:
         moment_dtype=variant.moments,
         remat=variant.remat,  # type: ignore[arg-type]
     )
-    chosen = {"loss_chunk": 4096, "attention": "cudnn", **variant.policy}
-    policy = ComputePolicy(dtype="bfloat16", remat=how.remat, **chosen)
-    state = put(jax.eval_shape(lambda: initial_state(cfg, how, 0)), there)
+    policy = ComputePolicy(dtype="bfloat16", remat=how.remat, **{**USUAL, **variant.policy})
+    lora = ADAPTER if base else None
+    if lora:
+        run = RunConfig(
+            name="adapter", model=cfg, data=DataConfig(train="none", sequence_length=2048), train=how, lora=lora
+        )
+        state = jax.eval_shape(lambda: initial_adapter_state(run))
+        resting = map_table(lambda spec: jax.ShapeDtypeStruct(shape(spec, cfg), base), cfg)
+        record = record_of(lora, cfg)
+        assert record is not None
+        state = dataclasses.replace(state, params=adapt(resting, state.params, record.scale))
+    else:
+        state = jax.eval_shape(lambda: initial_state(cfg, how, 0))
+    state = put(state, there)
     rows = put(jax.ShapeDtypeStruct((1, variant.batch, 2049), jnp.int32), there)
-    return jax.jit(make_train_step(cfg, how, policy), donate_argnums=0).lower(state, rows)
+    return jax.jit(make_train_step(cfg, how, policy, lora=lora), donate_argnums=0).lower(state, rows)
 
 
 def step(kind: str, rows: int, unroll: bool, there: Any) -> Any:

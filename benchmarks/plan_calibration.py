@@ -10,8 +10,8 @@ anew, and temporaries (`memory_analysis`). Nothing is run. A CPU's program is no
 out otherwise there. The cases are told by a seed; those with which the plan's counts were adjusted had others
 (docs/planning.md). What --output holds already is kept, so that the work can be done in pieces (--cases).
 
-Beside that, without compiling: the stored programs of the TPU's own compiler (scripts/plan_pods.py), and what the
-original published.
+Beside that, without compiling: the stored programs of the TPU's own compiler (scripts/plan_pods.py) and of XLA's for an
+H200 (benchmarks/gpu_ahead.py), and what the original published.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 N_DEVICES = 8
-# Cases of GPT-J's architecture; those that follow are of other families'.
-N_GPT_J = 44
+# Cases of GPT-J's architecture, of other families, and with low-rank adaptation.
+N_GPT_J, N_FAMILIES, N_ADAPTERS = 44, 18, 18
 # Positions whose logits exist at one time.
 CHUNK = 1024
 # Buffers are allotted before machine code is made, so that cheap machine code changes no figure.
@@ -109,20 +109,38 @@ def family_case(seed: int, number: int) -> dict[str, Any]:
     return case | {"model": model | kind}
 
 
+def adapter_case(seed: int, number: int) -> dict[str, Any]:
+    """As `random_case` or `family_case`, by turns, with low-rank adaptation instead, on a base in 32 or 16 bits."""
+    rng = random.Random(seed * 10_000 + number + 8_000)
+    case = (random_case, family_case)[number % 2](seed, number + 1_000)
+    mesh = case["mesh"]
+    mesh |= {"data": mesh["data"] * mesh["pipeline"], "pipeline": 1}  # no adapter in a pipeline
+    targets = rng.choice([["q", "v"], ["q", "k", "v", "o"], ["w_in", "w_out"]])
+    lora = {"rank": rng.choice([4, 8, 16]), "targets": targets}
+    return case | {"lora": lora, "base": rng.choice(["float32", "bfloat16"])}
+
+
 def case_of(seed: int, number: int) -> dict[str, Any]:
-    """The cases in their order: of GPT-J's architecture first."""
-    return random_case(seed, number) if number < N_GPT_J else family_case(seed, number - N_GPT_J)
+    """The cases in their order: of GPT-J's architecture, of other families, with an adapter."""
+    if number < N_GPT_J:
+        return random_case(seed, number)
+    if number < N_GPT_J + N_FAMILIES:
+        return family_case(seed, number - N_GPT_J)
+    return adapter_case(seed, number - N_GPT_J - N_FAMILIES)
 
 
 def run_config(case: dict[str, Any]) -> Any:
     """The run of a case."""
     from mesh_transformer.config.model import GPTJ_BIASES, ModelConfig
     from mesh_transformer.config.run import DataConfig, MeshConfig, RunConfig, TrainConfig
+    from mesh_transformer.config.tuning import LoraConfig
 
     model = ModelConfig(**{**case["model"], "biases": tuple(case["model"].get("biases", GPTJ_BIASES))})
     train = TrainConfig(steps=10, learning_rate=1e-3, compute_dtype="float32", **case["train"])
     data = DataConfig(train="none", sequence_length=model.n_ctx)
-    return RunConfig(name="plan", model=model, data=data, train=train, mesh=MeshConfig(**case["mesh"]))
+    lora = case.get("lora")
+    adapter = LoraConfig(rank=lora["rank"], targets=tuple(lora["targets"])) if lora else None
+    return RunConfig(name="plan", model=model, data=data, train=train, mesh=MeshConfig(**case["mesh"]), lora=adapter)
 
 
 def n_devices(case: dict[str, Any]) -> int:
@@ -130,8 +148,8 @@ def n_devices(case: dict[str, Any]) -> int:
     return math.prod(case["mesh"][axis] for axis in ("data", "fsdp", "tensor", "pipeline"))
 
 
-def compiled_bytes(run: Any) -> int:
-    """Bytes on a device by the compiled step."""
+def compiled_bytes(run: Any, base: str | None = None) -> int:
+    """Bytes on a device by the compiled step; base: the dtype of a model that rests beside an adapter."""
     import jax
 
     from mesh_transformer.model.policy import ComputePolicy
@@ -142,12 +160,30 @@ def compiled_bytes(run: Any) -> int:
 
     layout = layout_for(run)
     policy = ComputePolicy(dtype=run.train.compute_dtype, remat=run.train.remat, unroll=False, loss_chunk=CHUNK)
+    state = abstract_state(run, layout)
+    if run.lora:
+        state = dataclasses.replace(state, params=adapted(run, layout, state.params, base or "float32"))
     with layout.using():
-        step = jax.jit(make_train_step(run.model, run.train, policy, layout.rules), donate_argnums=0)
-        lowered = step.lower(abstract_state(run, layout), train_batches(run, layout).abstract)
+        step = jax.jit(make_train_step(run.model, run.train, policy, layout.rules, lora=run.lora), donate_argnums=0)
+        lowered = step.lower(state, train_batches(run, layout).abstract)
     memory = lowered.compile().memory_analysis()
     own = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.argument_size_in_bytes + own + memory.temp_size_in_bytes
+
+
+def adapted(run: Any, layout: Any, adapter: Any, base: str) -> Any:
+    """The abstract parameters of a model in the dtype `base` with those of an adapter."""
+    import jax
+
+    from mesh_transformer.checkpoint.lora import record_of
+    from mesh_transformer.model.lora import adapt
+    from mesh_transformer.model.params import map_table, shape
+
+    def resting(spec: Any) -> jax.ShapeDtypeStruct:
+        where = layout.sharding(layout.rules.param(spec.axes))
+        return jax.ShapeDtypeStruct(shape(spec, run.model), base, sharding=where)
+
+    return adapt(map_table(resting, run.model), adapter, record_of(run.lora, run.model).scale)
 
 
 def predicted(case: dict[str, Any]) -> Any:
@@ -156,7 +192,8 @@ def predicted(case: dict[str, Any]) -> Any:
     from mesh_transformer.plan.work import work_of
 
     run = run_config(case)
-    return step_bytes(run, work_of(run, n_devices(case), dtype="float32", kernel="plain", chunk=CHUNK))
+    base = case.get("base")
+    return step_bytes(run, work_of(run, n_devices(case), dtype="float32", kernel="plain", chunk=CHUNK, base=base))
 
 
 def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
@@ -195,6 +232,35 @@ def of_pods() -> list[dict[str, Any]]:
         peak = compiled.get("peak") if case.target == "tpu" else by_compiler
         row = {"name": case.name, "target": case.target, "memory": DEVICES[case.device].bytes}
         rows.append(row | {"predicted": round(total), "compiled": peak or None})
+    return rows
+
+
+def of_gpus() -> list[dict[str, Any]]:
+    """Predictions beside the steps of GPT-J-6B that benchmarks/gpu_ahead.py compiled for one H200."""
+    from mesh_transformer.config.presets import preset
+    from mesh_transformer.config.run import DataConfig, MeshConfig, RunConfig, TrainConfig
+    from mesh_transformer.config.tuning import LoraConfig
+    from mesh_transformer.plan.memory import step_bytes
+    from mesh_transformer.plan.work import work_of
+
+    rows = []
+    for program in json.loads((ROOT / "benchmarks/results/2026-11-22-gpu-ahead-of-time.json").read_text())["programs"]:
+        told = program.get("step")
+        if told is None or told["unroll"]:  # the plan's counts are of layers that are looped over
+            continue
+        chosen = {name: told[name] for name in ("batch_size", "remat", "moment_dtype")}
+        run = RunConfig(
+            name="plan",
+            model=preset("gpt-j-6b"),
+            data=DataConfig(train="none", sequence_length=2048),
+            train=TrainConfig(steps=1, learning_rate=1e-4, compute_dtype="bfloat16", **chosen),
+            mesh=MeshConfig(),
+            lora=LoraConfig(rank=8) if "base" in told else None,
+        )
+        how = {"kernel": told["attention"], "chunk": told["loss_chunk"], "base": told.get("base")}
+        total = step_bytes(run, work_of(run, 1, dtype="bfloat16", **how), update_in_place=True).total
+        compiled = program["arguments"] + program["temporaries"]
+        rows.append({**told, "predicted": round(total), "compiled": compiled})
     return rows
 
 
@@ -239,16 +305,23 @@ def published_plan(model: str, n: int, tensor: int, batch: int, parts: int, acce
 
 def tables(report: dict[str, Any]) -> dict[str, str]:
     """The tables of docs/planning.md by the name of their markers."""
-    whole = report["summary"]
-    worst = whole["worst"]
+    both = [report["summary"], report["adapters"]]
     rows = [
-        ["cases", str(whole["cases"])],
-        ["median of \\|predicted / compiled - 1\\|", f"{whole['median']:.1%}"],
-        ["nine of ten within", f"{whole['nine_of_ten']:.1%}"],
-        ["within 10 %", f"{whole['within_10_percent']} of {whole['cases']}"],
-        ["worst", f"{worst['ratio']:.2f}, case {worst['number']}, fullest by the plan: {worst['moment']}"],
+        ["cases", *(str(one["cases"]) for one in both)],
+        ["median of \\|predicted / compiled - 1\\|", *(f"{one['median']:.1%}" for one in both)],
+        ["nine of ten within", *(f"{one['nine_of_ten']:.1%}" for one in both)],
+        ["within 10 %", *(f"{one['within_10_percent']} of {one['cases']}" for one in both)],
+        ["worst", *(f"{one['worst']['ratio']:.2f}, case {one['worst']['number']}" for one in both)],
+        ["its fullest moment by the plan", *(one["worst"]["moment"] for one in both)],
     ]
-    made = {"plan: calibration": _table("|", rows)}
+    made = {"plan: calibration": _table("|all parameters|an adapter", rows)}
+    gpus = []
+    for row in report["gpus"]:
+        trained = f"an adapter, base in {row['base']}" if "base" in row else f"all, moments in {row['moment_dtype']}"
+        held = [f"{row[name] / GIB:.2f}" for name in ("predicted", "compiled")]
+        ratio = f"{row['predicted'] / row['compiled']:.2f}"
+        gpus.append([trained, row["remat"], row["attention"], str(row["batch_size"]), *held, ratio])
+    made["plan: gpus"] = _table("trained|remat|attention|sequences|predicted GiB|compiler's GiB|ratio", gpus)
     pods = []
     for row in report["pods"]:
         ratio = f"{row['predicted'] / row['compiled']:.2f}" if row["compiled"] else "the compiler refuses it"
@@ -304,7 +377,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=2022)
-    parser.add_argument("--cases", type=int, default=N_GPT_J + 18, help="how many there are to be in the end")
+    n_cases = N_GPT_J + N_FAMILIES + N_ADAPTERS
+    parser.add_argument("--cases", type=int, default=n_cases, help="how many there are to be in the end")
     parser.add_argument("--tables", type=Path, help="a document, whose tables between markers are written anew")
     options = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -315,7 +389,7 @@ def main() -> None:
     for number in range(options.cases):
         case = case_of(options.seed, number)
         begun = time.perf_counter()
-        compiled = known.get(number) or compiled_bytes(run_config(case))
+        compiled = known.get(number) or compiled_bytes(run_config(case), case.get("base"))
         plan = predicted(case)
         ratio = plan.total / compiled
         found.append(
@@ -328,7 +402,9 @@ def main() -> None:
             "date": datetime.date.today().isoformat(),
             "device": f"{N_DEVICES} fake CPU devices",
             "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
-            "summary": summary(found),
+            "summary": summary([case for case in found if "lora" not in case]),
+            "adapters": summary(adapters) if (adapters := [case for case in found if "lora" in case]) else None,
+            "gpus": of_gpus() if number == options.cases - 1 else [],
             "pods": of_pods() if number == options.cases - 1 else [],
             "published": of_published() if number == options.cases - 1 else [],
             "all": found + [case for case in there if case["number"] > number],

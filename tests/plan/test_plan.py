@@ -11,7 +11,7 @@ from mesh_transformer.config.presets import preset
 from mesh_transformer.config.run import DataConfig, MeshConfig, RunConfig, TrainConfig
 from mesh_transformer.config.tuning import LoraConfig
 from mesh_transformer.kernels import accelerators
-from mesh_transformer.model.params import count_params, named_specs, shape
+from mesh_transformer.model.params import count_matmul_params, count_params, named_specs, shape
 from mesh_transformer.plan import search
 from mesh_transformer.plan.links import ring_speed, sent_bytes
 from mesh_transformer.plan.serving import serve_plan, serve_plans, weight_bytes
@@ -135,8 +135,55 @@ def test_devices_have_what_their_sheets_say() -> None:
     assert "here" in str(error.value)
 
 
-def test_what_is_not_planned_is_refused() -> None:
-    with pytest.raises(UserError, match="lora"):
-        search.plan(dataclasses.replace(run(), lora=LoraConfig(rank=8)), V3, 8)
+def adapter(*targets: str, **how: Any) -> RunConfig:
+    return dataclasses.replace(run(**how), lora=LoraConfig(rank=8, targets=targets or ("q", "v")))
+
+
+def test_an_adapter_alone_has_gradients_moments_and_updates() -> None:
+    h200 = device("h200")
+    whole, part = run(train={"batch_size": 1}), adapter(train={"batch_size": 1})
+    both = search.plan(whole, h200, 1).bytes
+    planned = search.plan(part, h200, 1, assumed=search.Assumed(base="bfloat16")).bytes
+    own = 28 * 2 * 8 * (4096 + 4096)  # A and B of q and v in every layer
+    assert planned.parameters == 2 * count_params(whole.model) + 4 * own
+    assert (planned.optimizer, planned.gradients) == (8 * own, 0)  # fullest in the loss
+    assert both.parameters == 4 * count_params(whole.model) and both.total > 5 * planned.total
+    assert search.plan(part, h200, 1).bytes.parameters == both.parameters + 4 * own  # as train.param_dtype has it
+    # On a mesh A and B lie as the axes do that they have: q's and v's B over tensor, A and B over no fsdp but embed.
+    divided = work_of(adapter(mesh={"tensor": 8}), 8, dtype="bfloat16", kernel="splash", chunk=1024)
+    assert divided.learned.use == 28 * 2 * 8 * (4096 + 4096 / 8)
+    wide = search.plan(adapter("w_in", train={"batch_size": 1}), device("cpu"), 1).bytes
+    assert wide.workspace > search.plan(part, device("cpu"), 1).bytes.workspace
+
+
+def test_a_narrow_base_is_widened_where_products_are_wider() -> None:
+    narrow = search.plan(adapter(train={"batch_size": 1}), device("cpu"), 1, assumed=search.Assumed(base="bfloat16"))
+    wide = search.plan(adapter(train={"batch_size": 1}), device("cpu"), 1)
+    n = count_params(narrow.run.model)
+    assert narrow.bytes.total - wide.bytes.total == pytest.approx(2 * n)  # 2 + 4 against 4
+
+
+def test_an_adapter_leaves_out_a_third_of_the_products_and_sends_its_own_gradients() -> None:
+    h200 = device("h200")
+    one, part = run(train={"remat": "none"}), adapter(train={"remat": "none"})
+    work, own = (work_of(r, 1, dtype="bfloat16", kernel="plain", chunk=2**20) for r in (one, part))
+    seconds, fewer = step_time(one, work, h200).products, step_time(part, own, h200).products
+    tokens = 32 * 2048
+    saved = 2 * count_matmul_params(one.model) * tokens - 6 * own.learned.use * tokens
+    assert seconds - fewer == pytest.approx(saved / (0.6 * 989e12))
+    data = adapter(mesh={"data": 8})
+    work = work_of(data, 8, dtype="bfloat16", kernel="splash", chunk=4096)
+    assert sent_bytes(data, work) == {"gradients": pytest.approx(2 * 7 / 8 * 4 * 28 * 2 * 8 * 2 * 4096)}
+    zero = adapter(mesh={"fsdp": 8})
+    sent = sent_bytes(zero, work_of(zero, 8, dtype="bfloat16", kernel="splash", chunk=4096))
+    assert sent["updated parameters"] == pytest.approx(7 / 8 * 4 * 28 * 2 * 8 * 2 * 4096)
+    assert not any(one.run.mesh.pipeline > 1 for one in search.ranked(adapter(), V3, 8))
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"mesh\.pipeline = 2: \[lora\] is not supported"):
+        search.plan(adapter(mesh={"pipeline": 2}), V3, 8)
+    with pytest.raises(ConfigError, match=r"lora\.targets"):
+        search.plan(adapter("query"), V3, 8)
     with pytest.raises(ConfigError, match=r"mesh\.tensor"):
         search.plan(run(mesh={"tensor": 3}), V3, 3)

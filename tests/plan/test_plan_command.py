@@ -92,6 +92,16 @@ def test_serving(config: str) -> None:
     assert "nothing fits" in told.stdout and "--batch" in told.stdout
 
 
+def test_an_adapter_is_planned_on_what_is_said_of_its_base(config: str) -> None:
+    alone = ("--device", "rtx-4090", "--devices", "1", "--mesh", "data=1", "--set", "lora.rank=8")
+    found = facts(config, *alone, "--base", "bf16")
+    assert found["assumed"]["base"] == "bfloat16" and found["configured"]["fits"]
+    told = call(config, *alone)
+    assert "an adapter of 3,670,016 parameters is trained; the model rests in float32" in told.stdout
+    assert "does not fit" in told.stdout and "--base names another" in told.stdout
+    assert "base" not in facts(config)["assumed"]
+
+
 def test_the_originals_json_is_planned_on_its_pod(tmp_path: Path) -> None:
     keys = {
         "layers": 28, "d_model": 4096, "n_heads": 16, "n_vocab": 50400, "norm": "layernorm", "pe": "rotary",
@@ -115,6 +125,10 @@ def test_the_originals_json_is_planned_on_its_pod(tmp_path: Path) -> None:
         (["--mesh", "tensor=3"], "mesh.tensor = 3|but there are"),
         (["--mesh", "width=3"], "no axis"),
         (["--serve", "--mesh", "pipeline=2"], "for training"),
+        (["--base", "bfloat61", "--set", "lora.rank=8"], "did you mean bfloat16"),
+        (["--base", "bfloat16"], "plan an adapter: --set lora.rank=8"),
+        (["--base", "bfloat16", "--serve", "--set", "lora.rank=8"], "leave one of them out"),
+        (["--set", "lora.rank=8", "--set", "lora.targets=['query']"], "is no matrix of this model"),
     ],
 )
 def test_mistakes_are_named(config: str, arguments: list[str], message: str) -> None:

@@ -12,6 +12,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import plan_calibration as calibration  # noqa: E402
 
+from mesh_transformer.config.devices import device  # noqa: E402
+from mesh_transformer.plan import search  # noqa: E402
+
 RESULT = ROOT / "benchmarks/results/2026-11-22-plan-calibration-cpu.json"
 
 
@@ -41,9 +44,22 @@ def test_the_stored_calibration_is_within_its_bound() -> None:
     assert len(cases) >= 40
     for one in cases:  # the formulas of today give what the result says
         assert calibration.predicted(one).total / one["compiled"] == pytest.approx(one["ratio"], abs=1e-3)
-    found = calibration.summary(cases)
-    assert found == report["summary"]
+    found = calibration.summary([one for one in cases if "lora" not in one])
+    assert found == report["summary"] and found["cases"] == 62
     assert found["median"] < 0.05 and found["nine_of_ten"] < 0.1
+    adapters = calibration.summary([one for one in cases if "lora" in one])
+    assert adapters == report["adapters"] and adapters["cases"] == 18
+    assert adapters["median"] < 0.1
+
+
+def test_bytes_on_one_h200_are_near_those_of_a_gpus_compiler() -> None:
+    rows = calibration.of_gpus()
+    assert {row.get("base") for row in rows} == {None, "bfloat16", "float32"} and len(rows) == 8
+    assert all(0.95 < row["predicted"] / row["compiled"] < 1.18 for row in rows)
+    # The command takes the same way.
+    run = calibration.run_config(case("full"))
+    gpu, cpu = (search.plan(run, device(name), 1).bytes for name in ("h200", "cpu"))
+    assert gpu.moment != "update" and gpu.total <= cpu.total
 
 
 def test_bytes_of_large_models_are_near_those_of_a_tpus_compiler() -> None:
@@ -57,6 +73,7 @@ def test_bytes_of_large_models_are_near_those_of_a_tpus_compiler() -> None:
 def test_tables_of_the_document_are_those_of_the_formulas() -> None:
     report = json.loads(RESULT.read_text())
     assert report["pods"] == calibration.of_pods() and report["published"] == calibration.of_published()
+    assert report["gpus"] == calibration.of_gpus()
     text = (ROOT / "docs/planning.md").read_text(encoding="utf-8")
     for name, table in calibration.tables(report).items():
         assert f"<!-- {name} -->\n\n{table}\n\n<!-- end -->" in text, name
@@ -65,4 +82,5 @@ def test_tables_of_the_document_are_those_of_the_formulas() -> None:
 @pytest.mark.long
 def test_every_case_of_the_calibration_compiles_to_what_is_stored() -> None:
     for one in json.loads(RESULT.read_text())["all"]:
-        assert calibration.compiled_bytes(calibration.run_config(one)) == pytest.approx(one["compiled"], rel=1e-3)
+        compiled = calibration.compiled_bytes(calibration.run_config(one), one.get("base"))
+        assert compiled == pytest.approx(one["compiled"], rel=1e-3)

@@ -9,7 +9,7 @@ import typer
 if TYPE_CHECKING:
     from mesh_transformer.config.devices import Device
     from mesh_transformer.config.run import RunConfig
-    from mesh_transformer.plan.search import Plan
+    from mesh_transformer.plan.search import Assumed, Plan
 
 _HERE = "here"
 # Lines of the ranking.
@@ -39,6 +39,12 @@ def plan(
     reach: float = typer.Option(
         0.6, "--products-reach", min=0.01, max=1, metavar="F", help="The part of the peak that products reach."
     ),
+    base: str | None = typer.Option(
+        None,
+        "--base",
+        metavar="DTYPE",
+        help="With [lora]: the dtype in which the model is stored that is adapted; by default train.param_dtype.",
+    ),
     json_: bool = typer.Option(False, "--json", help="As one JSON object."),
     set_: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Override one value. May be repeated."),
 ) -> None:
@@ -51,10 +57,11 @@ def plan(
         n_devices = _product(run)
     for line in notes:
         note(line)
+    assumed = _assumed(reach, base, run, serve)
     if serve:
         _serve(run, found, n_devices, mesh, batch, json_)
     else:
-        _train(run, found, n_devices, mesh is not None, price, reach, json_)
+        _train(run, found, n_devices, mesh is not None, price, assumed, json_)
 
 
 def _devices(name: str, given: int | None, config: str) -> tuple[Device, int | None]:
@@ -92,35 +99,55 @@ def _load(config: str, set_: list[str], mesh: str | None, n_devices: int | None)
     return run, notes
 
 
+def _assumed(reach: float, base: str | None, run: RunConfig, serve: bool) -> Assumed:
+    """Raises UserError where `base` is no dtype, or there is no adapter for it to be the base of."""
+    from mesh_transformer.config.dtypes import dtype_name
+    from mesh_transformer.config.errors import UserError
+    from mesh_transformer.plan.search import Assumed
+
+    if base is not None:
+        base = dtype_name(base, key="--base")
+        if serve:
+            raise UserError("--base is for training an adapter, and --serve plans inference\nleave one of them out")
+        if run.lora is None:
+            raise UserError(
+                "--base is the dtype of the model that an adapter rests on, and this configuration has no [lora]\n"
+                "leave --base out, or plan an adapter: --set lora.rank=8"
+            )
+    return Assumed(products_reach=reach, base=base)
+
+
 def _product(run: RunConfig) -> int:
     return max(1, run.mesh.data) * run.mesh.fsdp * run.mesh.tensor * run.mesh.pipeline
 
 
 def _train(
-    run: RunConfig, device: Device, n: int, only_mesh: bool, price: float | None, reach: float, as_json: bool
+    run: RunConfig, device: Device, n: int, only_mesh: bool, price: float | None, assumed: Assumed, as_json: bool
 ) -> None:
     import json
 
     from mesh_transformer.config.errors import ConfigError
     from mesh_transformer.plan import search, show
     from mesh_transformer.plan.speed import MEMORY_REACH
+    from mesh_transformer.plan.work import adapter_size
 
     configured: Plan | None = None
     refused = None
     try:
-        configured = search.plan(run, device, n, reach=reach)
+        configured = search.plan(run, device, n, assumed=assumed)
     except ConfigError as error:
         if only_mesh:
             raise
         refused = str(error)
-    plans = search.ranked(run, device, n, only_mesh=only_mesh, reach=reach)
+    plans = search.ranked(run, device, n, only_mesh=only_mesh, assumed=assumed)
     fitting = [one for one in plans if one.fits]
-    mends = _mends(run, device, n, configured, plans, reach)
+    mends = _mends(run, device, n, configured, plans, assumed)
     if as_json:
         facts = {
             "device": show.device_json(device),
             "devices": n,
-            "assumed": {"products_reach": reach, "memory_reach": MEMORY_REACH, "links_hidden": False},
+            "assumed": {"products_reach": assumed.products_reach, "memory_reach": MEMORY_REACH, "links_hidden": False}
+            | ({"base": show.base_of(run, assumed)} if run.lora else {}),
             "configured": show.as_json(configured, price) if configured else {"refused": refused},
             "fits": bool(fitting),
             "best": [show.as_json(one, price) for one in fitting[:_BEST]],
@@ -129,6 +156,12 @@ def _train(
         typer.echo(json.dumps(facts, indent=2))
         return
     typer.echo(f"{run.name} on {n} x {device.name} ({device.source})")
+    if run.lora:
+        given = "" if assumed.base else " (train.param_dtype; --base names another)"
+        typer.echo(
+            f"an adapter of {adapter_size(run.model, run.lora):,} parameters is trained; the model rests in "
+            f"{show.base_of(run, assumed)}{given}"
+        )
     if configured:
         _print_configured(configured, price)
     else:
@@ -139,8 +172,8 @@ def _train(
         typer.echo(f"\nfits, best first ({len(fitting)} of {len(plans)} that divide):")
         show.print_table(show.RANKING, show.ranking_rows(fitting[:_BEST], price))
     typer.echo(
-        f"\nAn estimate: products at {reach:.0%} of the peak, memory at {MEMORY_REACH:.0%} of its bandwidth, links at "
-        "their full speed, one after the other. docs/planning.md says how far off it was."
+        f"\nAn estimate: products at {assumed.products_reach:.0%} of the peak, memory at {MEMORY_REACH:.0%} of its "
+        "bandwidth, links at their full speed, one after the other. docs/planning.md says how far off it was."
     )
 
 
@@ -167,7 +200,7 @@ def _print_configured(one: Plan, price: float | None) -> None:
 
 
 def _mends(
-    run: RunConfig, device: Device, n: int, configured: Plan | None, plans: list[Any], reach: float
+    run: RunConfig, device: Device, n: int, configured: Plan | None, plans: list[Any], assumed: Assumed
 ) -> list[str]:
     """What to change where the configuration does not fit, the smallest change first."""
     from mesh_transformer.plan import search, show
@@ -189,13 +222,13 @@ def _mends(
         )
     else:
         lines.append(f"no mesh of {n} devices divides this model and its batch of {run.train.batch_size} sequences")
-    more = search.more_devices(run, device, n, reach=reach)
+    more = search.more_devices(run, device, n, assumed=assumed)
     if more is not None:
         lines.append(
             f"would fit: {more.work.sizes.n_devices} devices, {show.mesh_text(more)}, batch_size "
             f"{more.run.train.batch_size}, remat {more.run.train.remat} ({show.gib(more.bytes.total)} a device)"
         )
-    shorter = search.shorter_sequence(run, device, n)
+    shorter = search.shorter_sequence(run, device, n, assumed=assumed)
     if shorter is not None:
         lines.append(f"would fit: --set data.sequence_length={shorter}")
     return lines or ["nothing was found that would fit; a smaller model would"]

@@ -30,13 +30,19 @@ def sent_bytes(run: RunConfig, work: Work) -> dict[str, float]:
     sums = 2 * _share(batch) * parts * in_passes
     sums += 2 * (_share(sizes.data) * waiting + _share(sizes.data * stages) * head) / fsdp
     sums += _share(fsdp) * (parts if each_layer else 1) * (waiting + head)
+    if run.lora:  # an adapter's gradients are summed in every microbatch
+        sums = 2 * _share(batch) * parts * work.learned.use
     sent = {"gradients": 4 * sums}
+    as_stored = work.base_bytes or 4
     if fsdp > 1 and each_layer:  # the backward pass gathers a layer again; the head is kept from the forward pass
         rounded, exact = (1 + often) * stacked + head, (1 + often) * vectors + tables
-        sent["gathered parameters"] = _share(fsdp) * parts * (ITEMSIZE[work.dtype] * rounded + 4 * exact)
+        as_sent = min(ITEMSIZE[work.dtype], as_stored)
+        sent["gathered parameters"] = _share(fsdp) * parts * (as_sent * rounded + as_stored * exact)
+    elif fsdp > 1 and run.mesh.zero == 3:
+        sent["gathered parameters"] = _share(fsdp) * as_stored * (stacked + head + vectors + tables)
     elif fsdp > 1:
-        what = "gathered parameters" if run.mesh.zero == 3 else "updated parameters"
-        sent[what] = _share(fsdp) * 4 * (stacked + head + vectors + tables)
+        updated = work.learned.use if run.lora else stacked + head + vectors + tables
+        sent["updated parameters"] = _share(fsdp) * 4 * updated
     stream = 4 * work.rows * micro * run.data.sequence_length * cfg.d_model
     passes = cfg.n_layers / stages * often / micro
     divided = run.mesh.shard_sequence and tensor > 1

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from mesh_transformer.config.dtypes import ITEMSIZE
 from mesh_transformer.config.model import ModelConfig
 from mesh_transformer.config.run import RunConfig
-from mesh_transformer.plan.work import Work
+from mesh_transformer.plan.work import Work, adapts
 
 
 class _Copies(NamedTuple):
@@ -73,10 +73,12 @@ _HEAD, _ENDS_SUMMED = 1.5, 0.5
 # Of parameters that rest in shards and are gathered in each layer: a layer's, and embedding's and head's, brought
 # together with their whole gradients, beside what the moments above hold.
 _GATHERED_LAYER = {"none": 0.15, "dots": 0.4, "full": 0.9}
-_GATHERED_ENDS = 1.5
+_GATHERED_ENDS, _GATHERED_ENDS_OF_BASE = 1.5, 1.0  # the base beside an adapter has no gradients
 # Of a pipeline: gradients of a stage's layers in one tick beside their sum, and once more where they are summed over
 # the batch's devices; the stream of all microbatches as it enters and leaves; what is handed on, for each tick.
 _TICK_GRADIENTS, _TICK_SUMS, _ALL_MICROBATCHES, _EACH_TICK = 1.0, 1.0, 2.75, 0.75
+# With an adapter of the feed-forward's matrices: products with A and B beside those with the base, and their sums.
+_ADAPTED_WIDE = 5.0
 # Bytes a value of moments in 16 bits: one of the two new ones is not written in the place of the old one.
 _WIDENED_MOMENTS = 2
 _F32 = 4
@@ -113,11 +115,20 @@ class StepBytes:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "moment"}
 
 
-def step_bytes(run: RunConfig, work: Work) -> StepBytes:
-    """The bytes of a training step."""
-    parameters = ITEMSIZE[run.train.param_dtype] * work.rested
-    optimizer = 2 * ITEMSIZE[run.train.moment_dtype] * work.fed
-    moments = (*_of_layers(run, work), _of_loss(run, work), _of_update(run, work))
+def step_bytes(run: RunConfig, work: Work, *, update_in_place: bool = False) -> StepBytes:
+    """The bytes of a training step.
+
+    update_in_place: the compiler writes new moments and parameters where the old ones lie, gradients beside them and
+    nothing else, as XLA's for GPUs does on one device; on CPU and TPU the updates exist beside them.
+    """
+    if work.base_bytes is None:
+        parameters = ITEMSIZE[run.train.param_dtype] * work.rested
+    else:  # A and B are float32
+        parameters = work.base_bytes * work.rested + _F32 * work.learned.rest
+    optimizer = 2 * ITEMSIZE[run.train.moment_dtype] * work.learned.moment
+    moments = [*_of_layers(run, work), _of_loss(run, work)]
+    if not update_in_place:
+        moments.append(_of_update(run, work))
     fullest = max(moments, key=lambda m: m.total)
     return dataclasses.replace(fullest, parameters=parameters, optimizer=optimizer)
 
@@ -131,7 +142,7 @@ def _apart(run: RunConfig, work: Work) -> tuple[bool, bool]:
 def _gradients(run: RunConfig, work: Work) -> tuple[float, float]:
     """Bytes of a microbatch's gradients and of those that accumulate."""
     per_layer, _ = _apart(run, work)
-    one = _F32 * (work.rested if per_layer else work.used)
+    one = _F32 * (work.learned.rest if per_layer else work.learned.use)
     return one, one if run.train.gradient_accumulation > 1 else 0.0
 
 
@@ -148,8 +159,11 @@ def _kept(run: RunConfig, work: Work) -> float:
 
 def _beside_layers(run: RunConfig, work: Work) -> float:
     """Bytes in use throughout forward and backward passes: gathered parameters, the pipeline's streams."""
-    _, per_step = _apart(run, work)
-    held = _F32 * work.used if per_step else 0.0
+    per_layer, per_step = _apart(run, work)
+    # A base that is narrower than what is computed with is widened as a whole, before the first layer, or kept widened.
+    narrow = work.base_bytes is not None and work.base_bytes < ITEMSIZE[work.dtype]
+    widened = narrow and (not per_layer or run.train.remat == "none")
+    held = _F32 * work.used if per_step or widened else 0.0
     if work.sizes.pipeline > 1:
         held += _F32 * work.stream * (_ALL_MICROBATCHES * work.microbatches + _EACH_TICK * work.ticks)
     return held
@@ -164,7 +178,7 @@ def _of_layers(run: RunConfig, work: Work) -> list[StepBytes]:
         sums = _TICK_GRADIENTS + (_TICK_SUMS if work.sizes.batch_ways > 1 else 0.0)
         beside += sums * one * (1 - work.ends / work.used)
     if per_layer:
-        beside += _GATHERED_ENDS * _F32 * work.ends
+        beside += (_GATHERED_ENDS if work.base_bytes is None else _GATHERED_ENDS_OF_BASE) * _F32 * work.ends
     found = []
     names = ("attention", "projections", "norms", "feed-forward")
     moments = [*zip(names, _MOMENTS[run.train.remat], strict=True)]
@@ -172,8 +186,12 @@ def _of_layers(run: RunConfig, work: Work) -> list[StepBytes]:
         moments.append(("feed-forward after attention", _all_of_layer(run.model)))
     for name, copies in moments:
         weights = copies.weights + (_GATHERED_LAYER[run.train.remat] if per_layer and copies.weights else 0.0)
+        wide = copies.wide
+        if work.base_bytes is not None:
+            weights -= copies.weights  # which are gradients
+            wide += _ADAPTED_WIDE if copies.wide and adapts(run, "mlp") else 0.0
         inside = copies.scores * work.scores + copies.heads * work.heads + copies.stream * work.whole_stream
-        inside += copies.kv * work.kv + copies.wide * work.wide + weights * work.layer_values
+        inside += copies.kv * work.kv + wide * work.wide + weights * work.layer_values
         found.append(
             StepBytes(
                 parameters=0,
@@ -195,6 +213,9 @@ def _of_loss(run: RunConfig, work: Work) -> StepBytes:
     sizes = work.sizes
     waiting = summed > 0 and sizes.batch_ways > 1
     ends = (_ENDS_SUMMED if waiting else 0.0) + (0.5 if per_layer else 0.0)
+    head = _HEAD
+    if work.base_bytes is not None:
+        head, ends = 0.0, 0.0
     read = work.head_rows * run.data.sequence_length * run.model.d_model
     both_divided = sizes.tensor > 1 and sizes.batch_ways * sizes.pipeline > 1
     in_loop = work.chunked or (summed > 0 and both_divided)
@@ -202,7 +223,7 @@ def _of_loss(run: RunConfig, work: Work) -> StepBytes:
     return StepBytes(
         parameters=0,
         optimizer=0,
-        gradients=summed + _F32 * (_HEAD * work.head + ends * work.ends),
+        gradients=summed + _F32 * (head * work.head + ends * work.ends),
         activations=_kept(run, work),
         logits=copies * _F32 * work.logits,
         workspace=_beside_layers(run, work) + _STREAM_OF_HEAD[run.train.remat] * _F32 * read,
@@ -214,13 +235,13 @@ def _of_update(run: RunConfig, work: Work) -> StepBytes:
     """While the optimizer turns gradients into updates."""
     one, _ = _gradients(run, work)
     _, per_step = _apart(run, work)
-    widened = _WIDENED_MOMENTS * work.fed if run.train.moment_dtype != "float32" else 0.0
+    widened = _WIDENED_MOMENTS * work.learned.moment if run.train.moment_dtype != "float32" else 0.0
     return StepBytes(
         parameters=0,
         optimizer=0,
         gradients=one,
         activations=0,
         logits=0,
-        workspace=_F32 * work.fed + widened + (_F32 * work.used if per_step else 0.0),
+        workspace=_F32 * work.learned.moment + widened + (_F32 * work.used if per_step else 0.0),
         moment="update",
     )

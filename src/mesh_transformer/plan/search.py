@@ -43,17 +43,32 @@ class Plan:
         return self.room >= 0
 
 
-def plan(run: RunConfig, device: Device, n_devices: int, *, reach: float = PRODUCTS_REACH, **changes: Any) -> Plan:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Assumed:
+    """What a plan cannot know: the part of the peak that products reach, and with [lora] the dtype in which the model
+    is stored that rests (None: `train.param_dtype`).
+    """
+
+    products_reach: float = PRODUCTS_REACH
+    base: str | None = None
+
+
+AS_USUAL = Assumed()
+
+
+def plan(run: RunConfig, device: Device, n_devices: int, *, assumed: Assumed = AS_USUAL, **changes: Any) -> Plan:
     """One plan. `changes` are only noted.
 
     Raises:
-        ConfigError: something does not divide.
-        UserError: the run is of a kind that is not planned.
+        ConfigError: something does not divide, or [lora] cannot be had.
     """
     kernel = attention_kernel(run, device)
-    work = work_of(run, n_devices, dtype=default_dtype(run, device), kernel=kernel, chunk=loss_chunk(device))
-    time = step_time(run, work, device, reach=reach)
-    return Plan(run=run, device=device, work=work, bytes=step_bytes(run, work), time=time, changes=dict(changes))
+    work = work_of(
+        run, n_devices, dtype=default_dtype(run, device), kernel=kernel, chunk=loss_chunk(device), base=assumed.base
+    )
+    time = step_time(run, work, device, reach=assumed.products_reach)
+    n_bytes = step_bytes(run, work, update_in_place=device.maker == "nvidia" and n_devices == 1)
+    return Plan(run=run, device=device, work=work, bytes=n_bytes, time=time, changes=dict(changes))
 
 
 def changed(run: RunConfig, **values: Any) -> tuple[RunConfig, dict[str, Any]]:
@@ -94,7 +109,7 @@ def ranked(
     n_devices: int,
     *,
     only_mesh: bool = False,
-    reach: float = PRODUCTS_REACH,
+    assumed: Assumed = AS_USUAL,
     precisions: bool = True,
 ) -> list[Plan]:
     """All plans of the run on so many devices, with the same batch: those that fit first, then by speed.
@@ -117,7 +132,7 @@ def ranked(
                     how = {"train__gradient_accumulation": parts, "train__remat": remat, "train__moment_dtype": moment}
                     try:
                         new, changes = changed(laid, **place, **how)
-                        found.append(plan(new, device, n_devices, reach=reach))
+                        found.append(plan(new, device, n_devices, assumed=assumed))
                     except ConfigError:  # something does not divide: no plan
                         continue
                     found[-1].changes.update(changes)
@@ -129,7 +144,7 @@ def nearness(one: Plan) -> tuple[int, float]:
     return _weight(one.changes), one.time.seconds
 
 
-def more_devices(run: RunConfig, device: Device, n_devices: int, *, reach: float = PRODUCTS_REACH) -> Plan | None:
+def more_devices(run: RunConfig, device: Device, n_devices: int, *, assumed: Assumed = AS_USUAL) -> Plan | None:
     """The fastest plan on the smallest number of devices that holds the run, doubled from `n_devices`; None: none does.
 
     The batch grows with the devices where it does not divide among them.
@@ -140,20 +155,20 @@ def more_devices(run: RunConfig, device: Device, n_devices: int, *, reach: float
         for batch in dict.fromkeys(batches):
             anywhere = {"mesh__data": -1, "mesh__fsdp": 1, "mesh__tensor": 1, "mesh__pipeline": 1}
             new, _ = changed(run, **anywhere, train__batch_size=batch, train__gradient_accumulation=1)
-            fitting = [one for one in ranked(new, device, n, reach=reach, precisions=False) if one.fits]
+            fitting = [one for one in ranked(new, device, n, assumed=assumed, precisions=False) if one.fits]
             if fitting:
                 return fitting[0]
         n *= 2
     return None
 
 
-def shorter_sequence(run: RunConfig, device: Device, n_devices: int) -> int | None:
+def shorter_sequence(run: RunConfig, device: Device, n_devices: int, *, assumed: Assumed = AS_USUAL) -> int | None:
     """The longest half, quarter ... of the sequence with which the run would fit as it is laid out; None: none does."""
     length = run.data.sequence_length // 2
     while length >= 128:
         try:
             new, _ = changed(run, data__sequence_length=length)
-            if plan(new, device, n_devices).fits:
+            if plan(new, device, n_devices, assumed=assumed).fits:
                 return length
         except ConfigError:  # shard_sequence divides no such length
             return None

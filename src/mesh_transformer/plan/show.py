@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mesh_transformer.config.devices import GIB, Device
-from mesh_transformer.plan.search import Plan
+from mesh_transformer.config.run import RunConfig
+from mesh_transformer.plan.search import Assumed, Plan
 from mesh_transformer.plan.serving import ServePlan
 
 _DAY = 86_400
@@ -16,6 +17,11 @@ _DAY = 86_400
 def gib(size: float) -> str:
     """Bytes in GiB, or in MiB where there are few."""
     return f"{size / GIB:,.2f} GiB" if abs(size) >= GIB / 10 else f"{size / 2**20:,.1f} MiB"
+
+
+def base_of(run: RunConfig, assumed: Assumed) -> str:
+    """The form in which the model rests beside an adapter."""
+    return assumed.base or run.train.param_dtype
 
 
 def mesh_text(one: Plan) -> str:

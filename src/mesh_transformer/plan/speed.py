@@ -7,6 +7,7 @@ import dataclasses
 from mesh_transformer.config.devices import Device
 from mesh_transformer.config.dtypes import ITEMSIZE
 from mesh_transformer.config.run import RunConfig
+from mesh_transformer.model.params import count_matmul_params
 from mesh_transformer.plan.links import link_seconds, sent_bytes
 from mesh_transformer.plan.work import Work, matmul_values
 from mesh_transformer.sharding.mesh import bubble_fraction
@@ -68,6 +69,9 @@ def step_time(run: RunConfig, work: Work, device: Device, *, reach: float = PROD
     attention = a_position * scored_positions(cfg, length)  # forward alone
     whole = a_position * cfg.n_layers * length  # the plain form computes what a window hides too
     computed: float = model_flops + again * (2 * matmul_values(cfg) * tokens + attention)
+    if run.lora:  # the base's matrices have no gradients, a third of its products; A and B have products of their own
+        own = 2 * work.learned.use * n / work.sizes.batch_ways  # what lies over the batch's devices is computed by each
+        computed += ((3 + again) * own - 2 * count_matmul_params(cfg)) * tokens
     computed += (3 + again) * (whole - attention) if work.scores else 0
     if work.chunked:  # the backward pass computes a chunk's logits again
         computed += 2 * cfg.d_model * cfg.axis_sizes["vocab"] * tokens
@@ -76,7 +80,7 @@ def step_time(run: RunConfig, work: Work, device: Device, *, reach: float = PROD
     products = computed / n / (reach * device.peak(work.dtype))
     speed = MEMORY_REACH * device.bandwidth
     passes = run.train.gradient_accumulation * (work.microbatches if work.sizes.pipeline > 1 else 1)
-    weights_read = 3 * ITEMSIZE[work.dtype] * work.used * passes
+    weights_read = (2 if run.lora else 3) * ITEMSIZE[work.dtype] * work.used * passes
     products = max(products, weights_read / speed)
     stream, heads, wide, scores = _TOUCHED[run.train.remat]
     gates = 2 if cfg.feed_forward.startswith("glu_") else 1
@@ -99,6 +103,6 @@ def step_time(run: RunConfig, work: Work, device: Device, *, reach: float = PROD
 
 def _update_bytes(run: RunConfig, work: Work) -> float:
     of_moments = 4 * ITEMSIZE[run.train.moment_dtype]
-    of_parameters = 2 * ITEMSIZE[run.train.param_dtype]
+    of_parameters = 2 * (4 if run.lora else ITEMSIZE[run.train.param_dtype])
     # Two moments and a parameter both ways, and the gradient.
-    return work.fed * (of_moments + of_parameters + 4)
+    return work.learned.moment * (of_moments + of_parameters + 4)
