@@ -212,8 +212,8 @@ def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
 def of_pods() -> list[dict[str, Any]]:
     """Predictions beside the programs that scripts/plan_pods.py compiled: bfloat16 products, plain attention."""
     sys.path.insert(0, str(ROOT / "scripts"))
-    from plan_pods import run_config as pod_run
     from pod_cases import DEVICES, Case
+    from pod_cases import run_config as pod_run
 
     from mesh_transformer.plan.memory import step_bytes
     from mesh_transformer.plan.work import work_of
@@ -230,7 +230,7 @@ def of_pods() -> list[dict[str, Any]]:
         total = step_bytes(run, work_of(run, case.n_devices, dtype="bfloat16", kernel="plain", chunk=CHUNK)).total
         by_compiler = compiled.get("arguments", 0) + compiled.get("temporaries", 0)
         peak = compiled.get("peak") if case.target == "tpu" else by_compiler
-        row = {"name": case.name, "target": case.target, "memory": DEVICES[case.device].bytes}
+        row = {"name": case.name, "target": case.target, "memory": DEVICES[case.device].memory}
         rows.append(row | {"predicted": round(total), "compiled": peak or None})
     return rows
 

@@ -32,7 +32,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pod_cases import CASES, DEVICES, LAYERS_FEW, LAYERS_MORE, STRATEGIES, Case
+from pod_cases import CASES, DEVICES, LAYERS_FEW, LAYERS_MORE, SLICES, STRATEGIES, Case, run_config
 from pod_hlo import collectives
 from pod_tables import write_tables
 
@@ -46,26 +46,6 @@ NO_TPU_HERE = {
 }
 TIMEOUT_S = 900
 COUNT = "collectives of every strategy"
-
-
-def run_config(case: Case) -> Any:
-    """The configuration whose training step a case is."""
-    from mesh_transformer.config.presets import preset
-    from mesh_transformer.config.run import DataConfig, MeshConfig, RunConfig, TrainConfig
-
-    model = preset(case.preset)
-    train = TrainConfig(
-        steps=1000,
-        learning_rate=1e-4,
-        batch_size=case.batch_size,
-        gradient_accumulation=case.accumulation,
-        remat="full",
-        compute_dtype="bfloat16",
-        gather=case.gather,
-        pipeline_microbatches=case.microbatches,
-    )
-    data = DataConfig(train="none", sequence_length=case.length or model.n_ctx)
-    return RunConfig(name="plan", model=model, data=data, train=train, mesh=MeshConfig(**case.mesh))
 
 
 def exact_bytes(case: Case) -> dict[str, int]:
@@ -128,7 +108,7 @@ def _devices(case: Case) -> Any:
         return jax.devices()
     from jax.experimental import topologies
 
-    return topologies.get_topology_desc(platform="tpu", topology_name=DEVICES[case.device].topology(case)).devices
+    return topologies.get_topology_desc(platform="tpu", topology_name=SLICES[case.device][case.n_devices]).devices
 
 
 def apart(task: str, n_cpu_devices: int, tpu: bool = False) -> dict[str, Any]:
@@ -152,7 +132,7 @@ def apart(task: str, n_cpu_devices: int, tpu: bool = False) -> dict[str, Any]:
 def planned(case: Case, compiling: bool) -> dict[str, Any]:
     """All that is found out about a case."""
     found: dict[str, Any] = {"name": case.name, **case.described(), "exact": exact_bytes(case)}
-    room = DEVICES[case.device].bytes - sum(found["exact"].values())
+    room = DEVICES[case.device].memory - sum(found["exact"].values())
     found["room_beside_state"] = room
     if room > 0 and compiling and case.target:
         found["compiled"] = apart(case.name, case.n_devices if case.target == "cpu" else 1, case.target == "tpu")

@@ -6,60 +6,16 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Device:
-    """What JAX calls a device, and the links by which a ring of such devices sends.
-
-    bytes: of its memory. near, far: bytes a second that one device can send along a ring, within a node (or over the
-    torus of TPUs) and between nodes. peak_flops: dense bfloat16. chips: of a TPU, by devices, the names of slices.
-    """
-
-    bytes: int
-    near: float
-    far: float
-    n_near: int
-    peak_flops: float
-    source: str
-    slices: tuple[tuple[int, str], ...] = ()
-
-    def topology(self, case: Case) -> str:
-        """The name of the slice with as many devices as the case."""
-        return dict(self.slices)[case.n_devices]
-
+from mesh_transformer.config.devices import device
+from mesh_transformer.config.presets import preset
+from mesh_transformer.config.run import DataConfig, MeshConfig, RunConfig, TrainConfig
 
 GIB = 2**30
-DEVICES = {
-    # Two devices a chip: half of its 32 GiB, of its 123 Tflop/s, and of what one axis of the torus carries. A link
-    # carries 340 TB/s / 1024 chips / 4 links = 83 GB/s each way; a ring over one axis sends by two of them.
-    "TPU v3": Device(
-        bytes=16 * GIB,
-        near=2 * 340e12 / 1024 / 4 / 2,
-        far=2 * 340e12 / 1024 / 4 / 2,
-        n_near=2048,
-        peak_flops=123e12 / 2,
-        source="https://cloud.google.com/tpu/docs/v3",
-        slices=((8, "v3:2x2x1"), (32, "v3:4x4"), (128, "v3:8x8"), (256, "v3:8x16")),
-    ),
-    # 1200 GB/s both ways over six links: 100 GB/s each way; a ring over one axis of the torus sends by two of them.
-    "TPU v5p": Device(
-        bytes=95 * GIB,
-        near=2 * 1200e9 / 2 / 6,
-        far=2 * 1200e9 / 2 / 6,
-        n_near=8960,
-        peak_flops=459e12,
-        source="https://cloud.google.com/tpu/docs/v5p",
-        slices=((8, "v5p:2x2x2"), (64, "v5p:4x4x4"), (256, "v5p:4x8x8")),
-    ),
-    # NVLink 900 GB/s both ways within a node of eight; one 400 Gbit/s InfiniBand port a device between nodes.
-    "H100": Device(
-        bytes=80 * 10**9,
-        near=450e9,
-        far=50e9,
-        n_near=8,
-        peak_flops=989e12,
-        source="https://www.nvidia.com/en-us/data-center/h100/, https://www.nvidia.com/en-us/data-center/dgx-h100/",
-    ),
+DEVICES = {"TPU v3": device("tpu-v3"), "TPU v5p": device("tpu-v5p"), "H100": device("h100")}
+# What libtpu calls the slices of so many devices.
+SLICES = {
+    "TPU v3": {8: "v3:2x2x1", 32: "v3:4x4", 128: "v3:8x8", 256: "v3:8x16"},
+    "TPU v5p": {8: "v5p:2x2x2", 64: "v5p:4x4x4", 256: "v5p:4x8x8"},
 }
 
 
@@ -112,6 +68,23 @@ class Case:
     def described(self) -> dict[str, Any]:
         """What the report says of a case before anything is computed."""
         return dataclasses.asdict(self) | {"n_devices": self.n_devices, "batch_size": self.batch_size}
+
+
+def run_config(case: Case) -> RunConfig:
+    """The configuration whose training step a case is."""
+    model = preset(case.preset)
+    train = TrainConfig(
+        steps=1000,
+        learning_rate=1e-4,
+        batch_size=case.batch_size,
+        gradient_accumulation=case.accumulation,
+        remat="full",
+        compute_dtype="bfloat16",
+        gather=case.gather,
+        pipeline_microbatches=case.microbatches,
+    )
+    data = DataConfig(train="none", sequence_length=case.length or model.n_ctx)
+    return RunConfig(name="plan", model=model, data=data, train=train, mesh=MeshConfig(**case.mesh))
 
 
 def _case(pod: str, device: str, preset: str, rows: int = 1, target: str = "tpu", **mesh: Any) -> Case:

@@ -49,7 +49,7 @@ def _mesh(case: dict[str, Any]) -> str:
 
 
 def _verdict(case: dict[str, Any]) -> str:
-    memory, room = DEVICES[case["device"]].bytes, case["room_beside_state"]
+    memory, room = DEVICES[case["device"]].memory, case["room_beside_state"]
     compiled = case.get("compiled")
     if room <= 0:
         return f"no: the state and its gradients alone exceed {_gib(memory)} by {_gib(-room)}"
@@ -106,7 +106,7 @@ def _links() -> str:
     rows = []
     for name, device in DEVICES.items():
         far = "the same" if device.far == device.near else f"{device.far / 1e9:.0f}"
-        cells = [name, _gib(device.bytes), f"{device.peak_flops / 1e12:.1f}", f"{device.near / 1e9:.0f}", far]
+        cells = [name, _gib(device.memory), f"{device.peak('bfloat16') / 1e12:.1f}", f"{device.near / 1e9:.0f}", far]
         rows.append([*cells, device.source])
     return _rows("device | GiB | Tflop/s bfloat16 | GB/s near | GB/s between nodes | source", rows)
 

@@ -48,11 +48,12 @@ def test_the_state_on_a_device_falls_as_one_over_n(zero: int) -> None:
         assert some_params == (params if zero == 1 else some_moments // 2)
 
 
+@pytest.mark.long
 def test_temporaries_do_not_grow_with_the_devices() -> None:
     """At the same number of sequences a device: what is gathered is one layer, however many hold it."""
     model = ModelConfig(n_layers=8, d_model=128, n_heads=4, n_vocab=512, n_ctx=32, d_rotary=8)
     temporaries = []
-    for ways in (WAYS[0], WAYS[-1]):
+    for ways in WAYS:
         program = compile_step(run_of(fsdp(ways, 3), model, batch=2 * ways, sequence=32))
         temporaries.append(program.step.memory_analysis().temp_size_in_bytes)
     assert max(temporaries) <= 1.01 * temporaries[0]

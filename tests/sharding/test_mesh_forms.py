@@ -100,6 +100,7 @@ def sixteen_devices() -> None:
     assert_same_on(MeshConfig(tensor=16), cfg, ComputePolicy())
 
 
+@pytest.mark.long
 def test_tensor_wider_than_eight() -> None:
     here = Path(__file__).parent
     environment = os.environ | {

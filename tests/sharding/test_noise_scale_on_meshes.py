@@ -8,21 +8,22 @@ import jax
 import numpy as np
 import pytest
 from hlo import collectives
-from mesh_cases import BATCH, CASES, MODEL, QUICKLY, learnable_rows, program_of
+from mesh_cases import BATCH, CASES, MODEL, QUICKLY, learnable_rows, program_of, run_of
 
 from mesh_transformer.model.loss import loss_report
 from mesh_transformer.model.params import is_multiplied, named_specs
 from mesh_transformer.model.policy import ComputePolicy
 
-ROWS = learnable_rows(program_of("data x tensor, accumulation").run, 0)
+RUN = run_of(CASES["data, accumulation"])
+ROWS = learnable_rows(RUN, 0)
 
 
 @functools.cache
 def squares_of_parts() -> dict[str, dict[int, float]]:
     """Name -> sequences in a part -> mean over the batch's parts of the squared norm of a part's mean gradient."""
-    state = program_of("data x tensor, accumulation").initial_state()
-    params, train = jax.tree.map(np.asarray, state.params), program_of("data x tensor, accumulation").run.train
-    how = {"z_loss": train.z_loss, "z_loss_kind": train.z_loss_kind}
+    state = program_of("data, accumulation").initial_state()
+    params = jax.tree.map(np.asarray, state.params)
+    how = {"z_loss": RUN.train.z_loss, "z_loss_kind": RUN.train.z_loss_kind}
     total = lambda p, row: loss_report(p, row[None], MODEL, ComputePolicy(unroll=False), **how).total  # noqa: E731
     gradient = jax.jit(jax.grad(total), compiler_options=QUICKLY)
     each = [jax.tree.map(lambda g: np.asarray(g, np.float64).ravel(), gradient(params, row)) for row in ROWS]

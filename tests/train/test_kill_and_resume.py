@@ -24,7 +24,7 @@ def prove(tmp_path: Path, compiled: dict[str, str], *arguments: str) -> str:
 
 
 def test_two_kills_one_of_them_inside_a_save(tmp_path: Path) -> None:
-    told = prove(tmp_path, quickly.variables(), "--kills", "2", "--steps", "22", "--seed", "1")
+    told = prove(tmp_path, quickly.variables(), "--kills", "2", "--steps", "14", "--seed", "1")
     assert "inside the save of checkpoint" in told
 
 

@@ -64,7 +64,9 @@ def digest_of(run: RunConfig, step: int) -> str:
     [
         {},
         {"gradient_accumulation": 2},
-        {"param_dtype": "bfloat16", "moment_dtype": "bfloat16", "compute_dtype": "bfloat16"},
+        pytest.param(
+            {"param_dtype": "bfloat16", "moment_dtype": "bfloat16", "compute_dtype": "bfloat16"}, marks=pytest.mark.long
+        ),
     ],
     ids=["float32", "accumulation", "bfloat16"],
 )

@@ -131,6 +131,7 @@ def _train(
     from mesh_transformer.plan.speed import MEMORY_REACH
     from mesh_transformer.plan.work import adapter_size
 
+    n_adapted = adapter_size(run.model, run.lora) if run.lora else 0  # targets that are none end here
     configured: Plan | None = None
     refused = None
     try:
@@ -159,8 +160,7 @@ def _train(
     if run.lora:
         given = "" if assumed.base else " (train.param_dtype; --base names another)"
         typer.echo(
-            f"an adapter of {adapter_size(run.model, run.lora):,} parameters is trained; the model rests in "
-            f"{show.base_of(run, assumed)}{given}"
+            f"an adapter of {n_adapted:,} parameters is trained; the model rests in {show.base_of(run, assumed)}{given}"
         )
     if configured:
         _print_configured(configured, price)

@@ -12,31 +12,39 @@ from mesh_transformer.model.params import is_multiplied, named_specs, size
 from mesh_transformer.plan.work import Work, sums_of_layer
 
 
-def sent_bytes(run: RunConfig, work: Work) -> dict[str, float]:
+def sent_bytes(
+    run: RunConfig, work: Work, *, gathered_itemsize: int | None = None, scattered: bool = True
+) -> dict[str, float]:
     """Bytes that one device sends in a step, by what they are; scalars left out.
 
-    Gathered matrices are rounded to the compute dtype before they are sent, as TPUs' compiler does, and of a sum of
-    which a device keeps a part only that part is sent on, a reduce-scatter.
+    Args:
+        gathered_itemsize: bytes of a value of a gathered matrix. None: rounded to the compute dtype before it is sent,
+            as TPUs' compiler does; XLA's for CPUs rounds after.
+        scattered: of a sum of which a device keeps a part only that part is sent on, a reduce-scatter; otherwise whole
+            arrays are summed.
     """
     sizes, cfg, parts = work.sizes, run.model, run.train.gradient_accumulation
     batch, stages, tensor, fsdp = sizes.batch_ways, sizes.pipeline, sizes.tensor, sizes.fsdp
     held = _held(cfg, tensor, stages)
     stacked, head, vectors, tables = (held[name] for name in ("matrices", "head", "vectors", "tables"))
     micro, ticks = work.microbatches, work.ticks
-    often = ticks if stages > 1 else 1
+    often = ticks if stages > 1 else 1  # a stage's passes; it also works in the ticks that it idles
     each_layer = run.mesh.zero == 3 and run.train.gather == "per_layer"
+    # A stage's matrices are summed in every pass, all others as seldom as they can be; the head's over the stages too.
+    in_parts = 1 if scattered else 2
     waiting = 0.0 if stages > 1 else stacked
     in_passes = tables + often * (vectors + stacked if stages > 1 else vectors)
-    sums = 2 * _share(batch) * parts * in_passes
-    sums += 2 * (_share(sizes.data) * waiting + _share(sizes.data * stages) * head) / fsdp
-    sums += _share(fsdp) * (parts if each_layer else 1) * (waiting + head)
     if run.lora:  # an adapter's gradients are summed in every microbatch
         sums = 2 * _share(batch) * parts * work.learned.use
+    else:
+        sums = 2 * _share(batch) * parts * in_passes
+        sums += 2 * (_share(sizes.data) * waiting + _share(sizes.data * stages) * head) / fsdp
+        sums += in_parts * _share(fsdp) * (parts if each_layer else 1) * (waiting + head)
     sent = {"gradients": 4 * sums}
     as_stored = work.base_bytes or 4
+    as_sent = gathered_itemsize or min(ITEMSIZE[work.dtype], as_stored)
     if fsdp > 1 and each_layer:  # the backward pass gathers a layer again; the head is kept from the forward pass
         rounded, exact = (1 + often) * stacked + head, (1 + often) * vectors + tables
-        as_sent = min(ITEMSIZE[work.dtype], as_stored)
         sent["gathered parameters"] = _share(fsdp) * parts * (as_sent * rounded + as_stored * exact)
     elif fsdp > 1 and run.mesh.zero == 3:
         sent["gathered parameters"] = _share(fsdp) * as_stored * (stacked + head + vectors + tables)
@@ -47,9 +55,11 @@ def sent_bytes(run: RunConfig, work: Work) -> dict[str, float]:
     passes = cfg.n_layers / stages * often / micro
     divided = run.mesh.shard_sequence and tensor > 1
     of_norms, of_branches = sums_of_layer(cfg)
-    if divided:  # gathers of what norms give, twice, and of gradients; reduce-scatters, whole sums in stages
-        gathers = (2 * of_norms + of_branches) * ITEMSIZE[work.dtype] / 4
-        a_layer = gathers + (of_norms + of_branches) * (2 if stages > 1 else 1)
+    # A divided stream is gathered before a layer, again when the backward pass computes the layer again, and backward;
+    # beside the layers, as float32, before the head and in the embedding's backward pass.
+    if divided:
+        gathers = (2 * of_norms + of_branches) * (gathered_itemsize or ITEMSIZE[work.dtype]) / 4
+        a_layer = gathers + (of_norms + of_branches) * (2 if stages > 1 or not scattered else 1)
     else:
         a_layer = 2 * (of_norms + of_branches)
     if run.train.remat != "none":  # what the second branch read is computed again, the first one's sum with it

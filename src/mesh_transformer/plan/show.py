@@ -20,7 +20,7 @@ def gib(size: float) -> str:
 
 
 def base_of(run: RunConfig, assumed: Assumed) -> str:
-    """The form in which the model rests beside an adapter."""
+    """The dtype in which the model rests beside an adapter."""
     return assumed.base or run.train.param_dtype
 
 
