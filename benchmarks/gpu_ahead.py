@@ -31,20 +31,20 @@ import jax
 import jax.numpy as jnp
 from gpu_train import VARIANTS, Variant
 from jax.experimental import topologies
+from plan_calibration import adapted
 
 from mesh_transformer import compat
-from mesh_transformer.checkpoint.lora import record_of
 from mesh_transformer.config.presets import preset
 from mesh_transformer.config.run import DataConfig, RunConfig, TrainConfig
 from mesh_transformer.config.tuning import LoraConfig
 from mesh_transformer.engine.pages import page_size
 from mesh_transformer.engine.programs import decode
 from mesh_transformer.model.cache import empty_cache
-from mesh_transformer.model.lora import adapt
 from mesh_transformer.model.params import is_multiplied, map_table, shape
 from mesh_transformer.model.policy import ComputePolicy
 from mesh_transformer.model.quantize import described
-from mesh_transformer.train.state import initial_adapter_state, initial_state
+from mesh_transformer.sharding.layout import ONE_DEVICE_LAYOUT
+from mesh_transformer.train.state import initial_state
 from mesh_transformer.train.step import make_train_step
 
 # As XLA writes it down for such a device.
@@ -182,11 +182,7 @@ def train(variant: Variant, there: Any, base: str | None = None) -> Any:
         run = RunConfig(
             name="adapter", model=cfg, data=DataConfig(train="none", sequence_length=2048), train=how, lora=lora
         )
-        state = jax.eval_shape(lambda: initial_adapter_state(run))
-        resting = map_table(lambda spec: jax.ShapeDtypeStruct(shape(spec, cfg), base), cfg)
-        record = record_of(lora, cfg)
-        assert record is not None
-        state = dataclasses.replace(state, params=adapt(resting, state.params, record.scale))
+        state = adapted(run, ONE_DEVICE_LAYOUT, base or "float32")
     else:
         state = jax.eval_shape(lambda: initial_state(cfg, how, 0))
     state = put(state, there)

@@ -160,9 +160,7 @@ def compiled_bytes(run: Any, base: str | None = None) -> int:
 
     layout = layout_for(run)
     policy = ComputePolicy(dtype=run.train.compute_dtype, remat=run.train.remat, unroll=False, loss_chunk=CHUNK)
-    state = abstract_state(run, layout)
-    if run.lora:
-        state = dataclasses.replace(state, params=adapted(run, layout, state.params, base or "float32"))
+    state = adapted(run, layout, base or "float32") if run.lora else abstract_state(run, layout)
     with layout.using():
         step = jax.jit(make_train_step(run.model, run.train, policy, layout.rules, lora=run.lora), donate_argnums=0)
         lowered = step.lower(state, train_batches(run, layout).abstract)
@@ -171,19 +169,22 @@ def compiled_bytes(run: Any, base: str | None = None) -> int:
     return memory.argument_size_in_bytes + own + memory.temp_size_in_bytes
 
 
-def adapted(run: Any, layout: Any, adapter: Any, base: str) -> Any:
-    """The abstract parameters of a model in the dtype `base` with those of an adapter."""
+def adapted(run: Any, layout: Any, base: str) -> Any:
+    """The abstract state of a run with an adapter, on a model in the dtype `base`."""
     import jax
 
     from mesh_transformer.checkpoint.lora import record_of
     from mesh_transformer.model.lora import adapt
     from mesh_transformer.model.params import map_table, shape
+    from mesh_transformer.train.state import abstract_state
 
     def resting(spec: Any) -> jax.ShapeDtypeStruct:
         where = layout.sharding(layout.rules.param(spec.axes))
         return jax.ShapeDtypeStruct(shape(spec, run.model), base, sharding=where)
 
-    return adapt(map_table(resting, run.model), adapter, record_of(run.lora, run.model).scale)
+    state = abstract_state(run, layout)
+    record = record_of(run.lora, run.model)
+    return dataclasses.replace(state, params=adapt(map_table(resting, run.model), state.params, record.scale))
 
 
 def predicted(case: dict[str, Any]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -11,8 +10,8 @@ import sys
 import pytest
 
 from mesh_transformer.config.errors import ConfigError
-from mesh_transformer.config.load import load_run_config, model_config_from_dict, to_toml
-from mesh_transformer.config.presets import PRESETS, preset
+from mesh_transformer.config.load import load_run_config, to_toml
+from mesh_transformer.config.presets import preset
 from mesh_transformer.config.run import DataConfig, LogConfig, RunConfig, TrainConfig
 
 MINIMAL = """
@@ -399,33 +398,6 @@ def test_configuration_at_a_url(tmp_path, monkeypatch):
     assert refusal("nowhere://a.toml").startswith('"nowhere://a.toml": cannot be read: Protocol not known: nowhere')
     (tmp_path / "near.toml").write_text(MINIMAL)
     assert load_run_config(f"file://{tmp_path}/near.toml")[0].data.train == str(tmp_path / "train.index")
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_model_dict_reads_back(name):
-    assert model_config_from_dict(json.loads(json.dumps(PRESETS[name].to_dict()))) == PRESETS[name]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"n_layers": "2"}, 'model.n_layers = "2" is of type string; expected an integer, such as 8'),
-        ({"n_layer": 2}, "unknown key model.n_layer (did you mean model.n_layers?)"),
-        ({"norm_eps": None}, "model.norm_eps = null is of type null; expected a number"),
-        ({"n_layers": 0}, "model.n_layers = 0 must be at least 1"),
-    ],
-)
-def test_refused_model_dicts(change, message):
-    with pytest.raises(ConfigError) as caught:
-        model_config_from_dict(PRESETS["gpt-j-tiny"].to_dict() | change)
-    assert str(caught.value).startswith(message)
-
-
-def test_model_dict_may_be_incomplete_or_no_table():
-    with pytest.raises(ConfigError, match=r"^missing: model.n_vocab$"):
-        model_config_from_dict({"n_layers": 1, "d_model": 8, "n_heads": 1, "n_ctx": 4})
-    with pytest.raises(ConfigError, match=r"^model = \[\] is of type array; expected a table"):
-        model_config_from_dict([])
 
 
 def test_written_paths_are_absolute(write, tmp_path):

@@ -132,7 +132,7 @@ MESHES: Mapping[str, tuple[MeshConfig, dict[str, Any]]] = {
 }
 
 
-# Between them they use every axis.
+# It uses every axis; the others run with `make test-long`.
 QUICK = {"data x fsdp x tensor, zero 3"}
 
 

@@ -56,8 +56,8 @@ class Assumed:
 AS_USUAL = Assumed()
 
 
-def plan(run: RunConfig, device: Device, n_devices: int, *, assumed: Assumed = AS_USUAL, **changes: Any) -> Plan:
-    """One plan. `changes` are only noted.
+def plan(run: RunConfig, device: Device, n_devices: int, *, assumed: Assumed = AS_USUAL) -> Plan:
+    """One plan, of the configuration as it is given.
 
     Raises:
         ConfigError: something does not divide, or [lora] cannot be had.
@@ -68,7 +68,7 @@ def plan(run: RunConfig, device: Device, n_devices: int, *, assumed: Assumed = A
     )
     time = step_time(run, work, device, reach=assumed.products_reach)
     n_bytes = step_bytes(run, work, update_in_place=device.maker == "nvidia" and n_devices == 1)
-    return Plan(run=run, device=device, work=work, bytes=n_bytes, time=time, changes=dict(changes))
+    return Plan(run=run, device=device, work=work, bytes=n_bytes, time=time, changes={})
 
 
 def changed(run: RunConfig, **values: Any) -> tuple[RunConfig, dict[str, Any]]:
