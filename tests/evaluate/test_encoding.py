@@ -6,7 +6,8 @@ import pytest
 
 from mesh_transformer.config.errors import UserError
 from mesh_transformer.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from mesh_transformer.evaluate.encoding import encode_legacy, encode_pair, encode_pairs
+from mesh_transformer.engine.packing import Pair
+from mesh_transformer.evaluate.encoding import encode_legacy, encode_pairs
 
 
 @pytest.fixture(scope="module")
@@ -15,6 +16,10 @@ def bpe() -> Tokenizer:
 
 
 BYTES = load_tokenizer("bytes")
+
+
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
+    return encode_pairs(tokenizer, [(context, continuation)])[0]
 
 
 def test_spaces_that_end_the_context_go_to_the_continuation(bpe: Tokenizer) -> None:

@@ -13,7 +13,7 @@ from evaluate_cases import answers, benchmark, compiled_quickly
 
 import mesh_transformer as mt
 from mesh_transformer.engine.packing import Pair
-from mesh_transformer.evaluate.encoding import encode_pair
+from mesh_transformer.evaluate.encoding import encode_pairs
 from mesh_transformer.evaluate.perplexity import rolling_windows
 
 # Deprecations inside torch, transformers and the harness are theirs to mend.
@@ -97,7 +97,7 @@ def test_the_same_cuts_and_windows(ours: Any, theirs: Any) -> None:
         continuation = words[start + cut : start + end] + "<|endoftext|>" * chosen.choice([0, 0, 0, 1])
         expected = theirs._encode_pair(context, continuation)
         if context.strip() and expected[1]:
-            assert tuple(map(list, encode_pair(tokenizer, context, continuation))) == expected
+            assert tuple(map(list, encode_pairs(tokenizer, [(context, continuation)])[0])) == expected
     for n in (*range(1, 30), 255, 256, 257, 512, 600):
         for n_ctx in (1, 2, 7, 256):
             ids = list(range(n))

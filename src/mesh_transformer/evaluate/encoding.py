@@ -10,11 +10,6 @@ from mesh_transformer.data.tokenizer import Tokenizer
 from mesh_transformer.engine.packing import Pair
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
-    """One of `encode_pairs`."""
-    return encode_pairs(tokenizer, [(context, continuation)])[0]
-
-
 def encode_pairs(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]]) -> list[Pair]:
     """The ids of each (context, continuation) as lm-evaluation-harness' own models have them.
 
